@@ -1,0 +1,37 @@
+"""phi3c: an ahead-of-time compiler and runtime for the Phi-3 family.
+
+`compile` turns a checkpoint into an artifact folder, `load` runs one. Both are imported when first
+used, so that loading an artifact does not import the compiler.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artifact import Artifact as Artifact
+    from .compiler import compile as compile
+    from .config import Phi3Config as Phi3Config
+    from .runtime.compiled import CompiledPhi3 as CompiledPhi3
+    from .runtime.compiled import load as load
+    from .runtime.kv_cache import PagedKVCache as PagedKVCache
+
+_HOME = {
+    "Artifact": ".artifact",
+    "compile": ".compiler",
+    "Phi3Config": ".config",
+    "CompiledPhi3": ".runtime.compiled",
+    "load": ".runtime.compiled",
+    "PagedKVCache": ".runtime.kv_cache",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'phi3c' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,229 @@
+"""Joins config, model, scheme, target and weights into an artifact."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.relax.frontend import nn
+
+from .artifact import (
+    COPIED_FILES,
+    LIBRARY,
+    PARAMETERS,
+    Artifact,
+    FunctionInfo,
+    KVLayout,
+    Limits,
+    Manifest,
+    TargetInfo,
+    TensorSpec,
+    check_output,
+    file_sha256,
+    new_artifact,
+    write_package_files,
+)
+from .config import Phi3Config
+from .errors import CheckpointError, ConfigError, SchemeError, TargetError
+from .model.phi3 import Phi3ForCausalLM
+from .passes.workspace import workspace_bytes
+from .pipeline import apply, finalize_passes, plan_passes
+from .quantization.scheme import Scheme, parse_scheme
+from .source import resolve_source
+from .targets import Target, parse_target
+from .tensor_file import TensorInfo, write_tensors
+from .weights import Checkpoint, RandomWeights
+
+DEFAULT_CONTEXT_LENGTH = 4096
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+def compile(
+    source: str | Path,
+    target: str = "cpu",
+    quantization: str = "q0f16",
+    output: str | Path = "dist/model",
+    max_batch_size: int = 8,
+    context_length: int | None = None,
+    prefill_chunk_size: int = 512,
+    max_loras: int = 0,
+    max_rank: int = 16,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compiles a checkpoint into an artifact folder and returns it.
+
+    source: checkpoint folder, config JSON (random weights from `seed`), or Hugging Face repo id.
+    target: `cpu` (this machine's) or `cpu:<mcpu>`. quantization: a scheme's name.
+    output: new or empty folder, or an artifact to replace. max_batch_size: sequences in a forward;
+    prefill_chunk_size: new tokens in a forward; context_length: tokens in a sequence, by default
+    4096 or the config's max_position_embeddings if that is less. max_loras, max_rank: adapter
+    slots; this version compiles none. progress: called with (stage, done, total).
+
+    Raises the errors of phi3c.errors before any work where it can; nothing is left at `output`
+    unless the artifact is whole.
+    """
+    report = progress or (lambda stage, done, total: None)
+    output = Path(output)
+    scheme = parse_scheme(quantization)
+    place = parse_target(target)
+    found = resolve_source(source)
+    limits = _limits(found.config, max_batch_size, context_length, prefill_chunk_size)
+    if max_loras:
+        raise ConfigError(f"max_loras: found {max_loras}; accepted: 0 (no adapters yet)")
+    check_output(output)
+    weights = (
+        RandomWeights(found.config, seed)
+        if found.folder is None
+        else Checkpoint(found.folder, found.config)
+    )
+    with new_artifact(output) as folder:
+        report("lower", 0, 1)
+        model = Phi3ForCausalLM(found.config, scheme, place.kernels)
+        spec = model.get_default_spec()
+        workspace, parameters = _write_library(model, spec, place, limits, folder / LIBRARY)
+        report("lower", 1, 1)
+        infos = write_tensors(
+            folder / PARAMETERS,
+            [(name, tuple(int(x) for x in p.shape), p.dtype) for name, p in parameters],
+            _packed(parameters, weights, place, scheme, report),
+        )
+        files = _copy_files(found.folder, folder)
+        manifest = _manifest(model, spec, scheme, place, limits, workspace, infos, folder, files)
+        write_package_files(folder, manifest)
+    return Artifact.open(output)
+
+
+def _limits(
+    config: Phi3Config, max_batch_size: int, context_length: int | None, prefill_chunk_size: int
+) -> Limits:
+    longest = config.max_position_embeddings
+    if context_length is None:
+        context_length = min(DEFAULT_CONTEXT_LENGTH, longest)
+    for name, value, most in (
+        ("max_batch_size", max_batch_size, 4096),
+        ("context_length", context_length, longest),
+        ("prefill_chunk_size", prefill_chunk_size, 65536),
+    ):
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConfigError(f"{name}: found {value!r}; accepted: an integer from 1 to {most}")
+    return Limits(max_batch_size, context_length, max(prefill_chunk_size, max_batch_size))
+
+
+def _write_library(
+    model: Phi3ForCausalLM, spec: nn.spec.ModuleSpec, place: Target, limits: Limits, path: Path
+) -> tuple[dict[str, int], list[tuple[str, nn.Parameter]]]:
+    """Lowers and links the library; returns workspace per function, and the parameters in order."""
+    mod, parameters = model.export_tvm(spec)
+    bounds = {
+        "n": limits.prefill_chunk_size,
+        "b": limits.max_batch_size,
+        "logit_rows": limits.max_batch_size,
+    }
+    with place.tvm_target:
+        mod = apply(plan_passes(bounds), mod)
+        workspace = workspace_bytes(mod)
+        mod = apply(finalize_passes(), mod)
+    executable = relax.build(mod, target=place.tvm_target, relax_pipeline=None)
+    if not any(shutil.which(cc) for cc in ("g++", "gcc", "clang++", "clang", "cc")):
+        raise TargetError(
+            f"target: {place.name}: linking the library needs a C compiler; found none of g++, "
+            "gcc, clang on the path (Debian: apt install gcc; macOS: xcode-select --install)"
+        )
+    executable.export_library(str(path))
+    return workspace, parameters
+
+
+def _packed(
+    parameters: list[tuple[str, nn.Parameter]],
+    weights: Checkpoint | RandomWeights,
+    place: Target,
+    scheme: Scheme,
+    report: Progress,
+) -> Iterator[np.ndarray]:
+    """The parameters in order, in the kernels' dtype and layout, one at a time."""
+    for done, (name, parameter) in enumerate(parameters):
+        report("weights", done, len(parameters))
+        array = weights.tensor(name)
+        with np.errstate(over="ignore"):
+            cast = array.astype(parameter.dtype)
+        if not np.isfinite(cast).all():
+            largest = float(np.abs(array.astype(np.float32)).max())
+            raise SchemeError(
+                f"{name}: found {largest:g}, beyond {parameter.dtype} ({scheme.name}); accepted: "
+                "a scheme with a wider type, such as q0f32"
+            )
+        yield place.kernels.pack_weight(cast) if array.ndim == 2 else cast
+    report("weights", len(parameters), len(parameters))
+
+
+def _copy_files(source: Path | None, folder: Path) -> tuple[str, ...]:
+    if source is None:
+        return ()
+    copied = [name for name in COPIED_FILES if (source / name).is_file()]
+    for name in copied:
+        try:
+            shutil.copyfile(source / name, folder / name)
+        except PermissionError as err:
+            raise CheckpointError(f"{source / name}: cannot be read ({err.strerror})") from None
+    return tuple(copied)
+
+
+def _manifest(
+    model: Phi3ForCausalLM,
+    spec: nn.spec.ModuleSpec,
+    scheme: Scheme,
+    place: Target,
+    limits: Limits,
+    workspace: dict[str, int],
+    infos: list[TensorInfo],
+    folder: Path,
+    files: tuple[str, ...],
+) -> Manifest:
+    config = model.config
+    page = model.page_spec()[0]
+    block_tokens = place.kernels.kv_block
+    token_values = int(np.prod(page.shape[1:])) // block_tokens * config.num_hidden_layers
+    return Manifest(
+        config=config,
+        quantization=scheme.name,
+        target=TargetInfo(place.name, place.mcpu, place.mtriple, place.cpu_flags),
+        limits=limits,
+        kv_layout=KVLayout(
+            block_tokens=block_tokens,
+            page_shape=tuple(page.shape[1:]),
+            dtype=page.dtype,
+            layers=config.num_hidden_layers,
+            bytes_per_token=token_values * np.dtype(page.dtype).itemsize,
+        ),
+        functions={
+            name: _function(method, workspace[name])
+            for name, method in zip(spec.method_names, spec.method_specs, strict=True)
+        },
+        parameters=tuple(infos),
+        library_sha256=file_sha256(folder / LIBRARY),
+        parameters_sha256=file_sha256(folder / PARAMETERS),
+        files=files,
+        versions={
+            "phi3c": metadata.version("phi3c"),
+            "tvm": tvm.__version__,
+            "tvm_ffi": metadata.version("apache-tvm-ffi"),
+        },
+    )
+
+
+def _function(method: nn.spec.MethodSpec, workspace: int) -> FunctionInfo:
+    named = zip(method.arg_names, method.arg_specs, strict=True)
+    inputs = [TensorSpec(n, tuple(s.shape), s.dtype) for n, s in named if n != "pages"]
+    return FunctionInfo(
+        inputs=tuple(inputs),
+        takes_pages="pages" in method.arg_names,
+        takes_parameters=method.param_mode == "packed",
+        workspace_bytes=workspace,
+    )

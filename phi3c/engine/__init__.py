@@ -1,0 +1,1 @@
+"""The serving engine: tokenizer, sampler, sequences, scheduler and the step loop."""

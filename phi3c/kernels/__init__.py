@@ -1,0 +1,1 @@
+"""TIR kernels: functions of shapes and dtypes, one folder per family of targets. A leaf."""

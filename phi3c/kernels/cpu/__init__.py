@@ -1,0 +1,90 @@
+"""The CPU kernels of one instruction set, as the model asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from tvm import tirx
+
+from . import layout
+from .activation import silu_mul
+from .copy import copy_slots
+from .decode_attention import decode_attention
+from .embedding import embedding, last_row, take_rows
+from .isa import Isa
+from .linear import linear
+from .norm import rms_norm
+from .prefill_attention import prefill_attention
+from .rope import rope_append, rope_table
+
+
+@dataclass(frozen=True)
+class CpuKernels:
+    """Builds PrimFuncs for an instruction set; activations are float32 between kernels."""
+
+    isa: Isa
+
+    activation_dtype = "float32"
+    kv_block = layout.KV_BLOCK
+
+    def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Shape of a linear's (or the embedding's) weight as the kernels read it."""
+        return layout.panel_shape(out_features, in_features)
+
+    def pack_weight(self, weight: np.ndarray) -> np.ndarray:
+        """`[out, in]` → the array of `weight_shape`."""
+        return layout.pack_panels(weight)
+
+    @cache  # noqa: B019 (frozen and few: one per compile)
+    def embedding(self, vocab_size: int, hidden_size: int, weight_dtype: str) -> tirx.PrimFunc:
+        return embedding(vocab_size, hidden_size, weight_dtype)
+
+    @cache  # noqa: B019
+    def take_rows(self, hidden_size: int) -> tirx.PrimFunc:
+        return take_rows(hidden_size)
+
+    @cache  # noqa: B019
+    def last_row(self, hidden_size: int) -> tirx.PrimFunc:
+        return last_row(hidden_size)
+
+    @cache  # noqa: B019
+    def linear(
+        self, out_features: int, in_features: int, weight_dtype: str, residual: bool
+    ) -> tirx.PrimFunc:
+        return linear(self.isa, out_features, in_features, weight_dtype, residual)
+
+    @cache  # noqa: B019
+    def rms_norm(self, hidden_size: int, eps: float) -> tirx.PrimFunc:
+        return rms_norm(self.isa, hidden_size, eps)
+
+    @cache  # noqa: B019
+    def silu_mul(self, intermediate_size: int) -> tirx.PrimFunc:
+        return silu_mul(self.isa, intermediate_size)
+
+    @cache  # noqa: B019
+    def rope_table(self, rotary_dim: int, attention_factor: float) -> tirx.PrimFunc:
+        return rope_table(rotary_dim, attention_factor)
+
+    @cache  # noqa: B019
+    def rope_append(
+        self, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, kv_dtype: str
+    ) -> tirx.PrimFunc:
+        return rope_append(self.isa, heads, kv_heads, head_dim, rotary_dim, kv_dtype)
+
+    @cache  # noqa: B019
+    def decode_attention(
+        self, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, window: int | None
+    ) -> tirx.PrimFunc:
+        return decode_attention(self.isa, heads, kv_heads, head_dim, kv_dtype, window)
+
+    @cache  # noqa: B019
+    def prefill_attention(
+        self, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, window: int | None
+    ) -> tirx.PrimFunc:
+        return prefill_attention(self.isa, heads, kv_heads, head_dim, kv_dtype, window)
+
+    @cache  # noqa: B019
+    def copy_slots(self, kv_heads: int, head_dim: int, kv_dtype: str) -> tirx.PrimFunc:
+        return copy_slots(kv_heads, head_dim, kv_dtype)

@@ -1,0 +1,1 @@
+"""Phi-3 as Relax modules, with Hugging Face's parameter names."""

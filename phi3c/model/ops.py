@@ -1,0 +1,136 @@
+"""Emits kernel calls into the Relax function under construction.
+
+Shapes: n = tokens, b = sequences; every activation is `[n, features]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.relax.frontend import nn
+
+from ..config import Phi3Config
+from ..kernels.cpu import CpuKernels
+from ..quantization.scheme import Scheme
+from .attention_inputs import DecodeInputs, PrefillInputs
+
+Tensor = nn.Tensor
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The kernels of one target, bound to a config and a scheme."""
+
+    config: Phi3Config
+    scheme: Scheme
+    kernels: CpuKernels
+
+    def _out(self, *shape) -> Tensor:
+        return Tensor.placeholder(list(shape), self.kernels.activation_dtype)
+
+    def weight(self, out_features: int, in_features: int) -> nn.Parameter:
+        """The parameter of a linear or embedding `[out, in]`, in the layout its kernels read."""
+        shape = self.kernels.weight_shape(out_features, in_features)
+        return nn.Parameter(shape, self.scheme.weight_dtype)
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """ids `[n]` → `[n, hidden]`."""
+        c = self.config
+        kernel = self.kernels.embedding(c.vocab_size, c.hidden_size, self.scheme.weight_dtype)
+        out = self._out(ids.shape[0], c.hidden_size)
+        return nn.op.tensor_ir_op(kernel, "embedding", [ids, weight], out)
+
+    def take_rows(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x `[n, features]`, positions `[b]` → `[b, features]`."""
+        kernel = self.kernels.take_rows(x.shape[1])
+        out = self._out(positions.shape[0], x.shape[1])
+        return nn.op.tensor_ir_op(kernel, "take_rows", [x, positions], out)
+
+    def last_row(self, x: Tensor) -> Tensor:
+        """x `[n, features]` → its last row `[1, features]`."""
+        kernel = self.kernels.last_row(x.shape[1])
+        return nn.op.tensor_ir_op(kernel, "last_row", [x], self._out(1, x.shape[1]))
+
+    def linear(self, x: Tensor, weight: Tensor, out_features: int, residual=None) -> Tensor:
+        """x `[n, in]` → x Wᵀ (+ residual) `[n, out]`."""
+        kernel = self.kernels.linear(
+            out_features, x.shape[1], self.scheme.weight_dtype, residual is not None
+        )
+        args = [x, weight] if residual is None else [x, weight, residual]
+        out = self._out(x.shape[0], out_features)
+        return nn.op.tensor_ir_op(kernel, "linear", args, out)
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`[n, hidden]` → `[n, hidden]`."""
+        kernel = self.kernels.rms_norm(x.shape[1], self.config.rms_norm_eps)
+        return nn.op.tensor_ir_op(kernel, "rms_norm", [x, weight], self._out(*x.shape))
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """`[n, 2·intermediate]` → up · silu(gate) `[n, intermediate]`."""
+        kernel = self.kernels.silu_mul(gate_up.shape[1] // 2)
+        out = self._out(gate_up.shape[0], gate_up.shape[1] // 2)
+        return nn.op.tensor_ir_op(kernel, "silu_mul", [gate_up], out)
+
+    def rope_table(self, inv_freq: Tensor, inputs: DecodeInputs) -> Tensor:
+        """Cosines and sines of this forward's positions, `[n, rotary_dim]`."""
+        c = self.config
+        kernel = self.kernels.rope_table(c.rotary_dim, c.attention_factor)
+        out = self._out(inputs.positions.shape[0], c.rotary_dim)
+        args = [inputs.positions, inputs.factor_set, inv_freq]
+        return nn.op.tensor_ir_op(kernel, "rope_table", args, out)
+
+    def rope_append(
+        self, qkv: Tensor, rope: Tensor, slots: Tensor, pages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotates q and k, writes k and v into `pages` in place → (q `[n, heads·dim]`, pages)."""
+        c = self.config
+        kernel = self.kernels.rope_append(
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.rotary_dim,
+            self.scheme.kv_dtype,
+        )
+        q = self._out(qkv.shape[0], c.num_attention_heads * c.head_dim)
+        pages, q = nn.op.tensor_ir_inplace_op(
+            kernel,
+            "rope_append",
+            [qkv, rope, slots, pages],
+            inplace_indices=[3, -1],
+            out=[Tensor.placeholder(pages.shape, pages.dtype), q],
+        )
+        return q, pages
+
+    def attention(self, q: Tensor, pages: Tensor, inputs: DecodeInputs) -> Tensor:
+        """q `[n, heads·dim]` over the pages → `[n, heads·dim]`."""
+        c = self.config
+        shape = (
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            self.scheme.kv_dtype,
+            c.sliding_window,
+        )
+        i = inputs
+        out = self._out(*q.shape)
+        if isinstance(i, PrefillInputs):
+            args = [q, pages, i.query_indptr, i.block_indptr, i.block_ids, i.kv_start, i.kv_length]
+            args += [i.positions, i.enter, i.leave]
+            kernel = self.kernels.prefill_attention(*shape)
+            return nn.op.tensor_ir_op(kernel, "prefill_attention", args, out)
+        args = [q, pages, i.block_indptr, i.block_ids, i.kv_start, i.positions]
+        return nn.op.tensor_ir_op(
+            self.kernels.decode_attention(*shape), "decode_attention", args, out
+        )
+
+    def copy_slots(self, pages: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """Copies tokens between slots of `pages`, in place."""
+        c = self.config
+        kernel = self.kernels.copy_slots(c.num_key_value_heads, c.head_dim, self.scheme.kv_dtype)
+        return nn.op.tensor_ir_inplace_op(
+            kernel,
+            "copy_slots",
+            [pages, source, target],
+            inplace_indices=0,
+            out=Tensor.placeholder(pages.shape, pages.dtype),
+        )

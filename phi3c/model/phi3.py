@@ -1,0 +1,255 @@
+"""Phi-3, top-down, with Hugging Face's parameter names (as transformers' Phi3ForCausalLM).
+
+Shapes at each line: n = new tokens of all sequences, b = sequences, h = hidden_size. Sequences lie
+one after another in n; what belongs to which, and where its keys and values are, is data
+(attention_inputs.py). `pages` is a list with one KV tensor per layer, updated in place.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tvm.relax.frontend import nn
+
+from ..config import Phi3Config
+from ..kernels.cpu import CpuKernels
+from ..quantization.scheme import Scheme
+from .attention_inputs import DecodeInputs, PrefillInputs, input_specs
+from .ops import Ops
+
+Tensor = nn.Tensor
+
+
+class Phi3ForCausalLM(nn.Module):
+    """The functions of an artifact; `get_default_spec` gives their inputs."""
+
+    def __init__(self, config: Phi3Config, scheme: Scheme, kernels: CpuKernels):
+        super().__init__()
+        self.config = config
+        self.ops = Ops(config, scheme, kernels)
+        self.model = Phi3Model(self.ops)
+        if not config.tie_word_embeddings:
+            self.lm_head = Phi3Linear(self.ops, config.hidden_size, config.vocab_size)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        x = self.model.embed_tokens(input_ids)  # [n, h]
+        return nn.op.reshape(x, (1, *x.shape))  # [1, n, h]
+
+    def prefill(self, input_embed: Tensor, inputs: PrefillInputs, pages: list[Tensor]) -> Tensor:
+        x = self.model(_rows(input_embed), inputs, pages)  # [n, h]
+        logits = self._head(self.ops.last_row(x))  # [1, vocab]
+        return nn.op.reshape(logits, (1, *logits.shape))  # [1, 1, vocab]
+
+    def batch_prefill(
+        self,
+        input_embed: Tensor,
+        logit_positions: Tensor,
+        inputs: PrefillInputs,
+        pages: list[Tensor],
+    ) -> Tensor:
+        x = self.model(_rows(input_embed), inputs, pages)  # [n, h]
+        logits = self._head(self.ops.take_rows(x, logit_positions))  # [b, vocab]
+        return nn.op.reshape(logits, (1, *logits.shape))  # [1, b, vocab]
+
+    def batch_decode(
+        self, input_embed: Tensor, inputs: DecodeInputs, pages: list[Tensor]
+    ) -> Tensor:
+        logits = self._head(self.model(_rows(input_embed), inputs, pages))  # [b, vocab]
+        return nn.op.reshape(logits, (logits.shape[0], 1, logits.shape[1]))  # [b, 1, vocab]
+
+    def batch_verify(
+        self, input_embed: Tensor, inputs: PrefillInputs, pages: list[Tensor]
+    ) -> Tensor:
+        logits = self._head(self.model(_rows(input_embed), inputs, pages))  # [n, vocab]
+        return nn.op.reshape(logits, (1, *logits.shape))  # [1, n, vocab]
+
+    def to_last_hidden_states(
+        self, input_embed: Tensor, inputs: DecodeInputs, pages: list[Tensor]
+    ) -> Tensor:
+        """The final norm's output, in the shape of `input_embed`."""
+        x = self.model(_rows(input_embed), inputs, pages)  # [n, h]
+        return nn.op.reshape(x, input_embed.shape)
+
+    def get_logits(self, hidden_states: Tensor) -> Tensor:
+        logits = self._head(_rows(hidden_states))  # [n, vocab]
+        return nn.op.reshape(logits, (1, *logits.shape))  # [1, n, vocab]
+
+    def copy_slots(self, source: Tensor, target: Tensor, pages: list[Tensor]) -> list[Tensor]:
+        """Copies tokens between KV slots in every layer (block·16 + offset, in order)."""
+        return [self.ops.copy_slots(layer, source, target) for layer in pages]
+
+    def _head(self, x: Tensor) -> Tensor:
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.lm_head_forward(x)
+        return self.lm_head(x)
+
+    def page_spec(self) -> list[nn.spec.Tensor]:
+        """One KV tensor per layer: `[blocks, 2, kv_heads, head_dim·16]`, keys then values."""
+        c = self.config
+        shape = ["blocks", 2, c.num_key_value_heads, c.head_dim * self.ops.kernels.kv_block]
+        layer = nn.spec.Tensor(shape, self.ops.scheme.kv_dtype)
+        return [layer] * c.num_hidden_layers
+
+    def create_paged_kv_cache(self, blocks: int) -> list[np.ndarray]:
+        """Zeroed pages for `blocks` KV blocks, one array per layer (what `page_spec` describes)."""
+        return [np.zeros([blocks, *spec.shape[1:]], spec.dtype) for spec in self.page_spec()]
+
+    def get_default_spec(self) -> nn.spec.ModuleSpec:
+        """Inputs of every function. n = tokens, b = sequences, m = listed KV blocks."""
+        hidden = self.config.hidden_size
+        activation = self.ops.kernels.activation_dtype
+        chunk = nn.spec.Tensor([1, "n", hidden], activation)
+        one = nn.spec.Tensor([1, 1, hidden], activation)
+        batch = nn.spec.Tensor(["b", 1, hidden], activation)
+        ids = nn.spec.Tensor(["n"], "int32")
+        positions = ("logit_positions", nn.spec.Tensor(["logit_rows"], "int32"))
+        single = (chunk, PrefillInputs, "n", 1)
+        many = (chunk, PrefillInputs, "n", "b")
+        hidden_states = self.to_last_hidden_states
+        methods = {
+            "embed": self._plain(self.embed, [("input_ids", ids)]),
+            "prefill": self._forward(self.prefill, *single),
+            "decode": self._forward(self.batch_decode, one, DecodeInputs, 1, 1),
+            "batch_prefill": self._forward(self.batch_prefill, *many, extra=[positions]),
+            "batch_decode": self._forward(self.batch_decode, batch, DecodeInputs, "b", "b"),
+            "batch_verify": self._forward(self.batch_verify, *many),
+            "prefill_to_last_hidden_states": self._forward(hidden_states, *single),
+            "decode_to_last_hidden_states": self._forward(hidden_states, one, DecodeInputs, 1, 1),
+            "batch_prefill_to_last_hidden_states": self._forward(hidden_states, *many),
+            "batch_decode_to_last_hidden_states": self._forward(
+                hidden_states, batch, DecodeInputs, "b", "b"
+            ),
+            "batch_verify_to_last_hidden_states": self._forward(hidden_states, *many),
+            "get_logits": self._plain(self.get_logits, [("hidden_states", chunk)]),
+            "copy_slots": nn.spec.MethodSpec(
+                self.copy_slots,
+                ["source", "target", "pages"],
+                [ids, ids, nn.spec.Tuple("pages", self.page_spec())],
+                param_mode="none",
+                effect_mode="none",
+            ),
+        }
+        return nn.spec.ModuleSpec(self, list(methods), list(methods.values()))
+
+    @staticmethod
+    def _plain(method, args) -> nn.spec.MethodSpec:
+        names, specs = zip(*args, strict=True)
+        return nn.spec.MethodSpec(method, list(names), list(specs), "packed", "none")
+
+    def _forward(self, method, embed, kind, n, b, extra=()) -> nn.spec.MethodSpec:
+        """Spec of a forward: (input_embed, *extra, the fields of `kind`, pages)."""
+        args = [("input_embed", embed), *extra, *input_specs(kind, n, b)]
+        args.append(("pages", nn.spec.Tuple("pages", self.page_spec())))
+        lead = 1 + len(extra)
+
+        def grouped(*values):
+            return method(*values[:lead], kind(*values[lead:-1]), values[-1])
+
+        return self._plain(grouped, args)
+
+
+class Phi3Model(nn.Module):
+    def __init__(self, ops: Ops):
+        super().__init__()
+        c = ops.config
+        self.ops = ops
+        self.embed_tokens = Phi3Embedding(ops)
+        self.layers = nn.ModuleList([Phi3DecoderLayer(ops) for _ in range(c.num_hidden_layers)])
+        self.norm = Phi3RMSNorm(ops)
+
+    def forward(self, x: Tensor, inputs: DecodeInputs, pages: list[Tensor]) -> Tensor:
+        c = self.ops.config
+        inv_freq = np.stack([c.inv_freq(long=False), c.inv_freq(long=True)])  # [2, rotary_dim/2]
+        rope = self.ops.rope_table(Tensor.from_const(inv_freq), inputs)  # [n, rotary_dim]
+        for layer, layer_pages in zip(self.layers, pages, strict=True):
+            x = layer(x, rope, layer_pages, inputs)  # [n, h]
+        return self.norm(x)
+
+
+class Phi3DecoderLayer(nn.Module):
+    """Pre-norm, sequential: attention, then MLP, each added to its input."""
+
+    def __init__(self, ops: Ops):
+        super().__init__()
+        self.input_layernorm = Phi3RMSNorm(ops)
+        self.self_attn = Phi3Attention(ops)
+        self.post_attention_layernorm = Phi3RMSNorm(ops)
+        self.mlp = Phi3MLP(ops)
+
+    def forward(self, x: Tensor, rope: Tensor, pages: Tensor, inputs: DecodeInputs) -> Tensor:
+        x = self.self_attn(self.input_layernorm(x), rope, pages, inputs, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
+
+
+class Phi3Attention(nn.Module):
+    """Grouped-query attention over the paged cache; qkv rows: q heads, k heads, v heads."""
+
+    def __init__(self, ops: Ops):
+        super().__init__()
+        c = ops.config
+        self.ops = ops
+        qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        self.qkv_proj = Phi3Linear(ops, c.hidden_size, qkv)
+        self.o_proj = Phi3Linear(ops, c.num_attention_heads * c.head_dim, c.hidden_size)
+
+    def forward(
+        self, x: Tensor, rope: Tensor, pages: Tensor, inputs: DecodeInputs, residual: Tensor
+    ) -> Tensor:
+        qkv = self.qkv_proj(x)  # [n, (heads + 2·kv_heads)·head_dim]
+        q, pages = self.ops.rope_append(qkv, rope, inputs.slots, pages)  # [n, heads·head_dim]
+        return self.o_proj(self.ops.attention(q, pages, inputs), residual)  # [n, h]
+
+
+class Phi3MLP(nn.Module):
+    """down(up · silu(gate)); gate_up rows: gate, up."""
+
+    def __init__(self, ops: Ops):
+        super().__init__()
+        c = ops.config
+        self.ops = ops
+        self.gate_up_proj = Phi3Linear(ops, c.hidden_size, 2 * c.intermediate_size)
+        self.down_proj = Phi3Linear(ops, c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.down_proj(self.ops.silu_mul(self.gate_up_proj(x)), residual)
+
+
+class Phi3Embedding(nn.Module):
+    """Token embedding; its weight serves as the LM head when `tie_word_embeddings` is set."""
+
+    def __init__(self, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.weight = ops.weight(ops.config.vocab_size, ops.config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.ops.embedding(input_ids, self.weight)
+
+    def lm_head_forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.ops.config.vocab_size)
+
+
+class Phi3RMSNorm(nn.Module):
+    def __init__(self, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.weight = nn.Parameter((ops.config.hidden_size,), "float32")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight)
+
+
+class Phi3Linear(nn.Module):
+    def __init__(self, ops: Ops, in_features: int, out_features: int):
+        super().__init__()
+        self.ops = ops
+        self.out_features = out_features
+        self.weight = ops.weight(out_features, in_features)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.ops.linear(x, self.weight, self.out_features, residual)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[1, n, h]` or `[b, 1, h]` → `[n, h]`, without a copy."""
+    first, second, features = x.shape
+    return nn.op.reshape(x, (second if first == 1 else first, features))

@@ -1,0 +1,50 @@
+"""Per target: the passes from the exported model to a VM executable, as plain lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tvm
+from tvm import relax
+
+from .passes.bounds import AttachUpperBounds
+
+Pass = Callable[[tvm.IRModule], tvm.IRModule]
+
+
+def plan_passes(bounds: dict[str, int]) -> list[Pass]:
+    """Everything up to and including memory planning.
+
+    The model calls only scheduled kernels; what is left to legalize are reshapes, which become
+    views.
+    """
+    t = relax.transform
+    return [
+        AttachUpperBounds(tuple(bounds.items())),
+        t.LegalizeOps(),
+        t.RewriteDataflowReshape(),
+        t.ToNonDataflow(),
+        t.RemovePurityChecking(),
+        t.CallTIRRewrite(),
+        t.StaticPlanBlockMemory(),
+    ]
+
+
+def finalize_passes() -> list[Pass]:
+    """From planned memory to what the VM's code generator takes."""
+    t = relax.transform
+    return [
+        t.LowerAllocTensor(),
+        t.KillAfterLastUse(),
+        t.LowerRuntimeBuiltin(),
+        t.ComputePrimValue(),
+        t.VMShapeLower(),
+        t.AttachGlobalSymbol(),
+    ]
+
+
+def apply(passes: Sequence[Pass], mod: tvm.IRModule) -> tvm.IRModule:
+    """Runs the passes in order."""
+    for one in passes:
+        mod = one(mod)
+    return mod

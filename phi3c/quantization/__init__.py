@@ -1,0 +1,1 @@
+"""Weight schemes: what a linear's weight is stored as."""

@@ -1,0 +1,1 @@
+"""Runs an artifact: library, parameters, paged KV cache. Needs only TVM's runtime."""

@@ -1,0 +1,244 @@
+"""A loaded artifact: its compiled functions as Python methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tvm
+from tvm.runtime import Tensor
+from tvm.runtime.vm import VirtualMachine
+
+from ..artifact import Artifact, Manifest
+from ..config import Phi3Config
+from ..errors import ArtifactError, InputError, TargetError
+from .host import check_cpu
+from .kv_cache import PagedKVCache
+from .threads import check_threads, use_threads
+
+Array = np.ndarray | Sequence | Tensor
+
+
+def load(path: str | Path, device: str | None = None, threads: int | None = None) -> CompiledPhi3:
+    """Loads an artifact folder.
+
+    device: `cpu`, or None for the artifact's own. threads: CPU threads, None for all physical
+    cores. Raises ArtifactError (broken, changed, or for another CPU) before anything of it runs.
+    """
+    artifact = Artifact.open(path)
+    if device not in (None, "cpu"):
+        raise TargetError(f"device: found {device!r}; accepted: cpu, or None")
+    threads = check_threads(threads)
+    check_cpu(artifact)
+    artifact.check_library()
+    return CompiledPhi3(artifact, threads)
+
+
+class CompiledPhi3:
+    """The functions of DESIGN's table. Inputs are numpy arrays, lists or TVM tensors.
+
+    Forward functions run inside `with cache.forward(...)` and return (output, cache); n is the sum
+    of that forward's append lengths. Raises InputError for inputs of another shape.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int):
+        self.artifact = artifact
+        self._threads = threads
+        self._device = tvm.cpu(0)
+        self._mapped = artifact.map_parameters()
+        use_threads(threads)
+        try:
+            library = tvm.runtime.load_module(str(artifact.library))
+        except Exception as err:
+            reason = str(err).strip().splitlines()[-1]
+            raise ArtifactError(f"{artifact.library}: cannot be loaded: {reason}") from None
+        vm = VirtualMachine(library, self._device)
+        self._functions = {name: vm[name] for name in self.manifest.functions}
+        self._parameters = tvm.runtime.convert(
+            [tvm.runtime.from_dlpack(array) for array in self._mapped.values()]
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.artifact.manifest
+
+    @property
+    def config(self) -> Phi3Config:
+        return self.manifest.config
+
+    def create_paged_kv_cache(
+        self,
+        max_batch_size: int | None = None,
+        max_total_seq_len: int | None = None,
+        prefill_chunk_size: int | None = None,
+        page_size: int = 16,
+        support_sliding_window: bool = False,
+    ) -> PagedKVCache:
+        """A cache for max_total_seq_len tokens (a whole number of pages) of all sequences together.
+
+        max_batch_size, prefill_chunk_size: at most, and by default, what the artifact was compiled
+        for. max_total_seq_len: by default max_batch_size sequences of the context length, but at
+        most 8192 tokens. page_size: a multiple of 16. A model with a sliding window always uses
+        it, and pages that have left it are freed; support_sliding_window=True asks for that and is
+        refused for a model without one. Raises InputError.
+        """
+        limits = self.manifest.limits
+        batch = limits.max_batch_size if max_batch_size is None else max_batch_size
+        chunk = limits.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
+        if max_total_seq_len is None:
+            max_total_seq_len = max(min(8192, batch * limits.context_length), page_size)
+        return PagedKVCache(
+            self.manifest,
+            self._device,
+            self._copy_slots,
+            batch,
+            max_total_seq_len,
+            chunk,
+            page_size,
+            support_sliding_window,
+        )
+
+    def embed(self, input_ids: Array) -> Tensor:
+        """Token ids `[n]` → `[1, n, hidden]`."""
+        ids = self._token_ids(input_ids)
+        return self._call("embed", {"input_ids": ids})
+
+    def prefill(self, input_embed: Array, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """One sequence, `[1, n, hidden]` → logits of its last token, `[1, 1, vocab]` float32."""
+        return self._forward("prefill", input_embed, cache)
+
+    def decode(self, input_embed: Array, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """One new token of one sequence, `[1, 1, hidden]` → logits `[1, 1, vocab]` float32."""
+        return self._forward("decode", input_embed, cache)
+
+    def batch_prefill(
+        self, input_embed: Array, logit_positions: Array, cache: PagedKVCache
+    ) -> tuple[Tensor, PagedKVCache]:
+        """`[1, n, hidden]`, indices into n `[b]` → logits at them, `[1, b, vocab]` float32."""
+        n = sum(cache.forward_lengths)
+        positions = _integers("logit_positions", logit_positions)
+        if positions.size == 0 or positions.min() < 0 or positions.max() >= n:
+            raise InputError(
+                f"logit_positions: found {positions.tolist()}; accepted: 0 to {n - 1}, at least one"
+            )
+        if positions.size > self.manifest.limits.max_batch_size:
+            raise InputError(
+                f"logit_positions: found {positions.size}; accepted: up to "
+                f"{self.manifest.limits.max_batch_size} (max_batch_size)"
+            )
+        return self._forward("batch_prefill", input_embed, cache, logit_positions=positions)
+
+    def batch_decode(self, input_embed: Array, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """One new token of each of b sequences, `[b, 1, hidden]` → `[b, 1, vocab]` float32."""
+        return self._forward("batch_decode", input_embed, cache)
+
+    def batch_verify(self, input_embed: Array, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Draft tokens, chains or trees, `[1, n, hidden]` → logits of each `[1, n, vocab]`."""
+        return self._forward("batch_verify", input_embed, cache)
+
+    def prefill_to_last_hidden_states(
+        self, input_embed: Array, cache: PagedKVCache
+    ) -> tuple[Tensor, PagedKVCache]:
+        """As prefill, without the LM head: the final norm of every token, `[1, n, hidden]`."""
+        return self._forward("prefill_to_last_hidden_states", input_embed, cache)
+
+    def decode_to_last_hidden_states(
+        self, input_embed: Array, cache: PagedKVCache
+    ) -> tuple[Tensor, PagedKVCache]:
+        """As decode, without the LM head: `[1, 1, hidden]`."""
+        return self._forward("decode_to_last_hidden_states", input_embed, cache)
+
+    def batch_prefill_to_last_hidden_states(
+        self, input_embed: Array, cache: PagedKVCache
+    ) -> tuple[Tensor, PagedKVCache]:
+        """As batch_prefill, without the LM head: every token, `[1, n, hidden]`."""
+        return self._forward("batch_prefill_to_last_hidden_states", input_embed, cache)
+
+    def batch_decode_to_last_hidden_states(
+        self, input_embed: Array, cache: PagedKVCache
+    ) -> tuple[Tensor, PagedKVCache]:
+        """As batch_decode, without the LM head: `[b, 1, hidden]`."""
+        return self._forward("batch_decode_to_last_hidden_states", input_embed, cache)
+
+    def batch_verify_to_last_hidden_states(
+        self, input_embed: Array, cache: PagedKVCache
+    ) -> tuple[Tensor, PagedKVCache]:
+        """As batch_verify, without the LM head: `[1, n, hidden]`."""
+        return self._forward("batch_verify_to_last_hidden_states", input_embed, cache)
+
+    def get_logits(self, hidden_states: Array) -> Tensor:
+        """The LM head alone: `[..., hidden]`, n rows in all → logits `[1, n, vocab]` float32."""
+        hidden = self._activations("hidden_states", hidden_states, "get_logits", None)
+        return self._call("get_logits", {"hidden_states": hidden})
+
+    def _forward(
+        self, name: str, input_embed: Array, cache: PagedKVCache, **extra: np.ndarray
+    ) -> tuple[Tensor, PagedKVCache]:
+        lengths = cache.forward_lengths
+        inputs = self.manifest.functions[name].inputs
+        if "decode" in name and (max(lengths) > 1 or not cache.forward_is_chain):
+            raise InputError(f"{name}: found append lengths {lengths}; accepted: 1 for each")
+        if "batch" not in name and len(lengths) != 1:
+            raise InputError(f"{name}: found {len(lengths)} sequences; accepted: one")
+        embed = self._activations("input_embed", input_embed, name, sum(lengths))
+        values = {"input_embed": embed, **extra, **cache.forward_inputs()}
+        return self._call(name, {s.name: values[s.name] for s in inputs}, cache.pages), cache
+
+    def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
+        use_threads(self._threads)
+        info = self.manifest.functions[name]
+        args = [inputs[spec.name] for spec in info.inputs]
+        # Copied: kernels may load whole vectors, so their inputs must be aligned as TVM aligns.
+        args = [a if isinstance(a, Tensor) else tvm.runtime.tensor(a) for a in args]
+        if info.takes_pages:
+            args.append(pages)
+        if info.takes_parameters:
+            args.append(self._parameters)
+        return self._functions[name](*args)
+
+    def _copy_slots(self, source: np.ndarray, target: np.ndarray, pages) -> None:
+        self._call("copy_slots", {"source": source, "target": target}, pages)
+
+    def _token_ids(self, input_ids: Array) -> np.ndarray:
+        ids = _integers("input_ids", input_ids)
+        vocab, most = self.config.vocab_size, self.manifest.limits.prefill_chunk_size
+        if ids.size == 0:
+            raise InputError("input_ids: found no tokens; accepted: at least one")
+        if ids.size > most:
+            raise InputError(
+                f"input_ids: found {ids.size} tokens; accepted: up to {most} at a time "
+                "(prefill_chunk_size)"
+            )
+        outside = (ids < 0) | (ids >= vocab)
+        if outside.any():
+            raise InputError(
+                f"input_ids: found {int(ids[outside][0])}; accepted: 0 to {vocab - 1} (vocab_size)"
+            )
+        return ids
+
+    def _activations(self, what: str, value: Array, name: str, n: int | None) -> Tensor:
+        """`value` in the shape that the function's first input has, for n rows (None: any)."""
+        spec = self.manifest.functions[name].inputs[0]
+        tensor = value
+        if not isinstance(value, Tensor):
+            tensor = tvm.runtime.tensor(np.ascontiguousarray(value, spec.dtype))
+        shape, hidden = tuple(tensor.shape), spec.shape[-1]
+        rows = int(np.prod(shape[:-1]))
+        n = rows if n is None else n
+        most = self.manifest.limits.prefill_chunk_size
+        if tensor.dtype != spec.dtype or shape[-1:] != (hidden,) or rows != n or not 0 < n <= most:
+            found = f"{list(shape)} {tensor.dtype}"
+            raise InputError(f"{what}: found {found}; accepted: [1, {n}, {hidden}] {spec.dtype}")
+        wanted = (n, 1, hidden) if spec.shape[1] == 1 else (1, n, hidden)
+        return tensor if shape == wanted else tensor._create_view(wanted)
+
+
+def _integers(what: str, value: Array) -> np.ndarray:
+    array = value.numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(
+            f"{what}: found {array.dtype} of shape {list(array.shape)}; accepted: [n] integers"
+        )
+    limit = np.iinfo(np.int32)
+    return np.clip(array, limit.min, limit.max).astype(np.int32)
