@@ -149,7 +149,7 @@ class Manifest:
         """Raises ArtifactError: not JSON, not ours, another version, fields missing."""
         try:
             data = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ArtifactError(f"{path}: not JSON") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ArtifactError(f"{path}: not the manifest of a phi3c artifact")
@@ -176,6 +176,8 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         )
         for name, entry in data["functions"].items()
     }
+    if foreign := sorted(set(data["files"]) - set(COPIED_FILES)):
+        raise ValueError(f"files: found {foreign[0]!r}; accepted: {', '.join(COPIED_FILES)}")
     target, kv = data["target"], data["kv_layout"]
     return Manifest(
         config=Phi3Config.from_dict(data["config"], MANIFEST),

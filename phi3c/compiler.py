@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm.relax.frontend import nn
+from tvm.support.cc import get_cc
 
 from .artifact import (
     COPIED_FILES,
@@ -29,8 +31,9 @@ from .artifact import (
     write_package_files,
 )
 from .config import Phi3Config
-from .errors import CheckpointError, ConfigError, SchemeError, TargetError
+from .errors import CheckpointError, ConfigError, TargetError
 from .model.phi3 import Phi3ForCausalLM
+from .packing import check_scheme, packed_parameters
 from .passes.workspace import workspace_bytes
 from .pipeline import apply, finalize_passes, plan_passes
 from .quantization.scheme import Scheme, parse_scheme
@@ -77,6 +80,7 @@ def compile(
     limits = _limits(found.config, max_batch_size, context_length, prefill_chunk_size)
     if max_loras:
         raise ConfigError(f"max_loras: found {max_loras}; accepted: 0 (no adapters yet)")
+    check_scheme(found.config, scheme)
     check_output(output)
     weights = (
         RandomWeights(found.config, seed)
@@ -85,17 +89,21 @@ def compile(
     )
     with new_artifact(output) as folder:
         report("lower", 0, 1)
-        model = Phi3ForCausalLM(found.config, scheme, place.kernels)
-        spec = model.get_default_spec()
-        workspace, parameters = _write_library(model, spec, place, limits, folder / LIBRARY)
+        library = compile_library(found.config, scheme, place, limits, folder / LIBRARY)
         report("lower", 1, 1)
         infos = write_tensors(
             folder / PARAMETERS,
-            [(name, tuple(int(x) for x in p.shape), p.dtype) for name, p in parameters],
-            _packed(parameters, weights, place, scheme, report),
+            [(name, tuple(int(x) for x in p.shape), p.dtype) for name, p in library.parameters],
+            packed_parameters(
+                library.parameters,
+                weights.tensor,
+                place.kernels,
+                scheme,
+                lambda done, total: report("weights", done, total),
+            ),
         )
         files = _copy_files(found.folder, folder)
-        manifest = _manifest(model, spec, scheme, place, limits, workspace, infos, folder, files)
+        manifest = _manifest(library, scheme, place, limits, infos, folder, files)
         write_package_files(folder, manifest)
     return Artifact.open(output)
 
@@ -116,10 +124,27 @@ def _limits(
     return Limits(max_batch_size, context_length, max(prefill_chunk_size, max_batch_size))
 
 
-def _write_library(
-    model: Phi3ForCausalLM, spec: nn.spec.ModuleSpec, place: Target, limits: Limits, path: Path
-) -> tuple[dict[str, int], list[tuple[str, nn.Parameter]]]:
-    """Lowers and links the library; returns workspace per function, and the parameters in order."""
+@dataclass(frozen=True)
+class Library:
+    """What `compile_library` made. parameters: name → Relax parameter, in the library's order."""
+
+    model: Phi3ForCausalLM
+    spec: nn.spec.ModuleSpec
+    parameters: list[tuple[str, nn.Parameter]]
+    workspace: dict[str, int]
+
+
+def compile_library(
+    config: Phi3Config, scheme: Scheme, place: Target, limits: Limits, path: Path
+) -> Library:
+    """Lowers the model and links its library to `path`. Raises TargetError without a linker."""
+    if get_cc() is None:
+        raise TargetError(
+            f"target: {place.name}: linking the library needs a C++ compiler; found none of g++, "
+            "gcc, clang++, clang on the path, and no CXX (Debian: apt install g++)"
+        )
+    model = Phi3ForCausalLM(config, scheme, place.kernels)
+    spec = model.get_default_spec()
     mod, parameters = model.export_tvm(spec)
     bounds = {
         "n": limits.prefill_chunk_size,
@@ -131,36 +156,8 @@ def _write_library(
         workspace = workspace_bytes(mod)
         mod = apply(finalize_passes(), mod)
     executable = relax.build(mod, target=place.tvm_target, relax_pipeline=None)
-    if not any(shutil.which(cc) for cc in ("g++", "gcc", "clang++", "clang", "cc")):
-        raise TargetError(
-            f"target: {place.name}: linking the library needs a C compiler; found none of g++, "
-            "gcc, clang on the path (Debian: apt install gcc; macOS: xcode-select --install)"
-        )
     executable.export_library(str(path))
-    return workspace, parameters
-
-
-def _packed(
-    parameters: list[tuple[str, nn.Parameter]],
-    weights: Checkpoint | RandomWeights,
-    place: Target,
-    scheme: Scheme,
-    report: Progress,
-) -> Iterator[np.ndarray]:
-    """The parameters in order, in the kernels' dtype and layout, one at a time."""
-    for done, (name, parameter) in enumerate(parameters):
-        report("weights", done, len(parameters))
-        array = weights.tensor(name)
-        with np.errstate(over="ignore"):
-            cast = array.astype(parameter.dtype)
-        if not np.isfinite(cast).all():
-            largest = float(np.abs(array.astype(np.float32)).max())
-            raise SchemeError(
-                f"{name}: found {largest:g}, beyond {parameter.dtype} ({scheme.name}); accepted: "
-                "a scheme with a wider type, such as q0f32"
-            )
-        yield place.kernels.pack_weight(cast) if array.ndim == 2 else cast
-    report("weights", len(parameters), len(parameters))
+    return Library(model, spec, parameters, workspace)
 
 
 def _copy_files(source: Path | None, folder: Path) -> tuple[str, ...]:
@@ -176,18 +173,16 @@ def _copy_files(source: Path | None, folder: Path) -> tuple[str, ...]:
 
 
 def _manifest(
-    model: Phi3ForCausalLM,
-    spec: nn.spec.ModuleSpec,
+    library: Library,
     scheme: Scheme,
     place: Target,
     limits: Limits,
-    workspace: dict[str, int],
     infos: list[TensorInfo],
     folder: Path,
     files: tuple[str, ...],
 ) -> Manifest:
-    config = model.config
-    page = model.page_spec()[0]
+    config, spec = library.model.config, library.spec
+    page = library.model.page_spec()[0]
     block_tokens = place.kernels.kv_block
     token_values = int(np.prod(page.shape[1:])) // block_tokens * config.num_hidden_layers
     return Manifest(
@@ -203,7 +198,7 @@ def _manifest(
             bytes_per_token=token_values * np.dtype(page.dtype).itemsize,
         ),
         functions={
-            name: _function(method, workspace[name])
+            name: _function(method, library.workspace[name])
             for name, method in zip(spec.method_names, spec.method_specs, strict=True)
         },
         parameters=tuple(infos),

@@ -14,7 +14,7 @@ from tvm.target import codegen
 
 from .errors import TargetError
 from .kernels.cpu import CpuKernels
-from .kernels.cpu.isa import AVX2, AVX512, NEON, PORTABLE, Isa
+from .kernels.cpu.isa import AVX2, AVX512, AVX512_VNNI, AVX_VNNI, NEON, PORTABLE, Isa
 
 # LLVM feature → the flag that Linux reports for it. An artifact lists those that its code may use,
 # so that a CPU without them is refused at load instead of dying on an illegal instruction.
@@ -71,6 +71,8 @@ def _isa(target: tvm.target.Target) -> tuple[Isa, tuple[str, ...]]:
     if "neon" in features:
         return NEON, ()
     flags = tuple(flag for feature, flag in _X86_FLAGS.items() if feature in features)
-    if {"avx512f", "avx512vl", "avx512dq"} <= features:
-        return AVX512, flags
-    return (AVX2 if {"avx2", "fma", "f16c"} <= features else PORTABLE), flags
+    if {"avx512f", "avx512vl", "avx512dq", "avx512bw"} <= features:
+        return (AVX512_VNNI if "avx512vnni" in features else AVX512), flags
+    if {"avx2", "fma", "f16c"} <= features:
+        return (AVX_VNNI if "avxvnni" in features else AVX2), flags
+    return PORTABLE, flags

@@ -19,7 +19,7 @@ from .errors import ArtifactError
 
 ALIGNMENT = 64
 _PAD = "_pad."
-_TO_NUMPY = {"F32": "float32", "F16": "float16", "U8": "uint8"}
+_TO_NUMPY = {"F32": "float32", "F16": "float16", "U8": "uint8", "U32": "uint32"}
 _FROM_NUMPY = {v: k for k, v in _TO_NUMPY.items()}
 
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 (numpy's bfloat16, which safetensors asks for by name)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -137,10 +138,10 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{index}: not a weight index (no weight_map)") from None
         for name in names:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise CheckpointError(
                     f"{index}: found file {name!r}; accepted: names in the folder"
                 )

@@ -1,11 +1,10 @@
-"""A checkpoint's own tokenizer and chat template.
+"""A checkpoint's own tokenizer.
 
-Text goes through the `tokenizers` library, as `tokenizer.json` describes it. The chat template is
-the one that the checkpoint brings, rendered in jinja2's sandbox with the settings and helpers that
-transformers gives templates; where there is none, that is an error and not a guess. Precedence
-among the files is transformers': `tokenizer_config.json` may redefine added tokens,
-`special_tokens_map.json` counts only where it does not, `chat_template.jinja` beats a template in
-the configuration. Not here: tools, images, and tokenizers without a `tokenizer.json`.
+Text goes through the `tokenizers` library, as `tokenizer.json` describes it. Precedence among the
+files is transformers': `tokenizer_config.json` may redefine added tokens,
+`special_tokens_map.json` counts only where it does not. A chat becomes a prompt by the
+checkpoint's own template (chat_template.py); where there is none, that is an error and not a
+guess. Not here: tokenizers without a `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -13,17 +12,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from phi3c.engine.chat_template import ChatTemplate, find_chat_template, one_line, read_text
 from phi3c.engine.generation_config import generation_eos_token_ids, read_json_object
 from phi3c.errors import CheckpointError, InputError
 
@@ -50,7 +44,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
-        self._chat_template = chat_template
+        self._chat_template = None if chat_template is None else ChatTemplate(chat_template, source)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._source = source
         self._token_bytes: dict[int, bytes] = {}
@@ -63,13 +57,13 @@ class Tokenizer:
         """Read tokenizer.json and, where present, the configuration files beside it."""
         folder = Path(path)
         file = folder / "tokenizer.json"
-        text = _read(file)
+        text = read_text(file)
         if text is None:
             raise CheckpointError(f"{file}: no such file; phi3c needs the fast tokenizer's file")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{file}: not a tokenizer: {_one_line(error)}") from None
+            raise CheckpointError(f"{file}: not a tokenizer: {one_line(error)}") from None
 
         config_file = folder / "tokenizer_config.json"
         config = read_json_object(config_file)
@@ -96,7 +90,7 @@ class Tokenizer:
         return cls(
             backend,
             special_tokens=special,
-            chat_template=_find_chat_template(folder, config, config_file),
+            chat_template=find_chat_template(folder, config, config_file),
             eos_token_ids=eos,
             source=str(folder),
         )
@@ -113,6 +107,10 @@ class Tokenizer:
         The model's configuration may know more; empty where neither file names one.
         """
         return self._eos_token_ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are recognised."""
@@ -169,28 +167,11 @@ class Tokenizer:
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
     ) -> str:
         """The prompt text for a chat: dicts with a `role` and, mostly, a `content`."""
-        template = self._compiled_template
-        try:
-            return template.render(
-                messages=_plain_messages(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except InputError:
-            raise
-        except _TemplateRefusal as error:
-            raise InputError(f"messages: the chat template refuses: {_one_line(error)}") from None
-        except SecurityError as error:
+        if self._chat_template is None:
             raise CheckpointError(
-                f"{self._source}: unsafe chat template: {_one_line(error)}"
-            ) from None
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise InputError(
-                f"messages: the chat template fails on them: {type(error).__name__}: "
-                f"{_one_line(error)}"
-            ) from None
+                f"{self._source}: no chat template in tokenizer_config.json or chat_template.jinja"
+            )
+        return self._chat_template.render(messages, add_generation_prompt, self._special_tokens)
 
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
@@ -198,105 +179,6 @@ class Tokenizer:
         """Token ids of the prompt for a chat; special tokens are the template's business alone."""
         text = self.apply_chat_template(messages, add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
-
-    @cached_property
-    def _compiled_template(self) -> jinja2.Template:
-        if self._chat_template is None:
-            raise CheckpointError(
-                f"{self._source}: no chat template in tokenizer_config.json or chat_template.jinja"
-            )
-        try:
-            return _template_environment().from_string(self._chat_template)
-        except Exception as error:  # mostly TemplateSyntaxError, but the source can be anything
-            line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
-            raise CheckpointError(
-                f"{self._source}: broken chat template: {line}{_one_line(error)}"
-            ) from None
-
-
-class _TemplateRefusal(jinja2.TemplateError):
-    """The template called raise_exception: it does not accept these messages."""
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's part for training. Here it only opens a scope."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _template_environment() -> ImmutableSandboxedEnvironment:
-    """Settings, tags, filters and functions that chat templates are written for."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own escapes for HTML, which a model was never trained on.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _TemplateRefusal(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A copy of plain JSON types, so that a template sees no object with methods of its own."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise InputError(f"messages: found {messages!r}; accepted: a non-empty list of dicts")
-    for at, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"messages[{at}]: found {message!r}; accepted: a dict with a role")
-    try:
-        plain = json.loads(json.dumps(messages))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"messages: {error}; accepted: strings, numbers, lists, dicts") from None
-    # An explicit None ("content": null beside tool calls) means absent, as in transformers.
-    return [{key: value for key, value in msg.items() if value is not None} for msg in plain]
-
-
-def _find_chat_template(folder: Path, config: dict[str, Any], config_file: Path) -> str | None:
-    template = _read(folder / "chat_template.jinja")
-    if template is not None:
-        return template
-    found = config.get("chat_template")
-    if found is None or isinstance(found, str):
-        return found
-    try:
-        named = {entry["name"]: entry["template"] for entry in found}
-    except (TypeError, KeyError):
-        named = {}
-    if not isinstance(named.get("default"), str):
-        raise CheckpointError(
-            f"{config_file}: chat_template: found templates named {sorted(map(str, named))}; "
-            "accepted: a string, or a list of {name, template} with one named 'default'"
-        )
-    return named["default"]
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, entries: Any, file: Path) -> None:
@@ -311,7 +193,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, entries: Any, file: Path) -> None
             for token_id, entry in sorted((int(key), entry) for key, entry in entries.items())
         ]
     except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file}: added_tokens_decoder: {_one_line(error)}") from None
+        raise CheckpointError(f"{file}: added_tokens_decoder: {one_line(error)}") from None
     backend.add_tokens(tokens)
     for token_id, content in contents.items():
         if backend.token_to_id(content) != token_id:
@@ -366,16 +248,3 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_LEVEL = _byte_level_alphabet()
-
-
-def _read(file: Path) -> str | None:
-    if not file.exists():
-        return None
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from tvm.relax.frontend import nn
 
 from ..config import Phi3Config
-from ..kernels.cpu import CpuKernels
+from ..kernels.cpu import CpuKernels, GroupFormat, WeightFormat
+from ..kernels.cpu.layout import GROUP
+from ..quantization.layers import GroupWeight, Weight, make_weight
 from ..quantization.scheme import Scheme
 from .attention_inputs import DecodeInputs, PrefillInputs
 
@@ -28,17 +30,17 @@ class Ops:
     def _out(self, *shape) -> Tensor:
         return Tensor.placeholder(list(shape), self.kernels.activation_dtype)
 
-    def weight(self, out_features: int, in_features: int) -> nn.Parameter:
-        """The parameter of a linear or embedding `[out, in]`, in the layout its kernels read."""
-        shape = self.kernels.weight_shape(out_features, in_features)
-        return nn.Parameter(shape, self.scheme.weight_dtype)
+    def weight(self, out_features: int, in_features: int) -> Weight:
+        """The parameters of a linear or embedding `[out, in]`, in the layout its kernels read."""
+        return make_weight(self.kernels, self.scheme.weight, out_features, in_features)
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+    def embedding(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids `[n]` → `[n, hidden]`."""
         c = self.config
-        kernel = self.kernels.embedding(c.vocab_size, c.hidden_size, self.scheme.weight_dtype)
+        kind, arrays = _parts(weight)
+        kernel = self.kernels.embedding(c.vocab_size, c.hidden_size, kind)
         out = self._out(ids.shape[0], c.hidden_size)
-        return nn.op.tensor_ir_op(kernel, "embedding", [ids, weight], out)
+        return nn.op.tensor_ir_op(kernel, "embedding", [ids, *arrays], out)
 
     def take_rows(self, x: Tensor, positions: Tensor) -> Tensor:
         """x `[n, features]`, positions `[b]` → `[b, features]`."""
@@ -51,14 +53,28 @@ class Ops:
         kernel = self.kernels.last_row(x.shape[1])
         return nn.op.tensor_ir_op(kernel, "last_row", [x], self._out(1, x.shape[1]))
 
-    def linear(self, x: Tensor, weight: Tensor, out_features: int, residual=None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, out_features: int, residual=None) -> Tensor:
         """x `[n, in]` → x Wᵀ (+ residual) `[n, out]`."""
-        kernel = self.kernels.linear(
-            out_features, x.shape[1], self.scheme.weight_dtype, residual is not None
-        )
-        args = [x, weight] if residual is None else [x, weight, residual]
+        kind, arrays = _parts(weight)
         out = self._out(x.shape[0], out_features)
-        return nn.op.tensor_ir_op(kernel, "linear", args, out)
+        added = [] if residual is None else [residual]
+        if isinstance(kind, GroupFormat) and self.scheme.int8_activations:
+            kernel = self.kernels.int8_linear(out_features, x.shape[1], kind, bool(added))
+            args = [*self._quantize(x, kind), *arrays, *added]
+            return nn.op.tensor_ir_op(kernel, "int8_linear", args, out)
+        kernel = self.kernels.linear(out_features, x.shape[1], kind, bool(added))
+        return nn.op.tensor_ir_op(kernel, "linear", [x, *arrays, *added], out)
+
+    def _quantize(self, x: Tensor, kind: GroupFormat) -> list[Tensor]:
+        """x `[n, features]` → int8 `[n, groups, 8]` (in int32), scales, offsets `[n, groups]`."""
+        n, groups = x.shape[0], x.shape[1] // GROUP
+        out = [
+            Tensor.placeholder([n, groups, GROUP // 4], "int32"),
+            Tensor.placeholder([n, groups], "float32"),
+            Tensor.placeholder([n, groups], "int32"),
+        ]
+        kernel = self.kernels.quantize_rows(x.shape[1], kind.zero)
+        return list(nn.op.tensor_ir_op(kernel, "quantize_rows", [x], out))
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """`[n, hidden]` → `[n, hidden]`."""
@@ -134,3 +150,11 @@ class Ops:
             inplace_indices=0,
             out=Tensor.placeholder(pages.shape, pages.dtype),
         )
+
+
+def _parts(weight: Weight) -> tuple[WeightFormat, list[Tensor]]:
+    """What the kernels need to know of a weight, and its tensors."""
+    if isinstance(weight, GroupWeight):
+        q = weight.quantization
+        return GroupFormat(q.bits, q.zero, q.scale_dtype), [weight.q, weight.scale]
+    return weight.dtype, [weight]

@@ -13,11 +13,26 @@ from .activation import silu_mul
 from .copy import copy_slots
 from .decode_attention import decode_attention
 from .embedding import embedding, last_row, take_rows
+from .group_linear import group_embedding, group_linear
+from .int8_linear import int8_linear
 from .isa import Isa
 from .linear import linear
 from .norm import rms_norm
 from .prefill_attention import prefill_attention
+from .quantize import quantize_rows
 from .rope import rope_append, rope_table
+
+
+@dataclass(frozen=True)
+class GroupFormat:
+    """A group-quantized weight: w = scale · (q − zero), q of `bits` bits, groups of 32."""
+
+    bits: int
+    zero: int
+    scale_dtype: str
+
+
+WeightFormat = str | GroupFormat  # a dtype, or groups
 
 
 @dataclass(frozen=True)
@@ -37,9 +52,24 @@ class CpuKernels:
         """`[out, in]` → the array of `weight_shape`."""
         return layout.pack_panels(weight)
 
+    def group_shapes(
+        self, out_features: int, in_features: int, bits: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a group-quantized weight as the kernels read it: q (uint32), scale."""
+        return layout.group_shapes(out_features, in_features, bits)
+
+    def pack_groups(
+        self, q: np.ndarray, scale: np.ndarray, bits: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """q `[out, in]` uint8, scale `[out, groups]` → the arrays of `group_shapes`."""
+        return layout.pack_groups(q, bits), layout.pack_scales(scale)
+
     @cache  # noqa: B019 (frozen and few: one per compile)
-    def embedding(self, vocab_size: int, hidden_size: int, weight_dtype: str) -> tirx.PrimFunc:
-        return embedding(vocab_size, hidden_size, weight_dtype)
+    def embedding(self, vocab_size: int, hidden_size: int, kind: WeightFormat) -> tirx.PrimFunc:
+        if isinstance(kind, GroupFormat):
+            form = (kind.bits, kind.zero, kind.scale_dtype)
+            return group_embedding(vocab_size, hidden_size, *form)
+        return embedding(vocab_size, hidden_size, kind)
 
     @cache  # noqa: B019
     def take_rows(self, hidden_size: int) -> tirx.PrimFunc:
@@ -51,9 +81,24 @@ class CpuKernels:
 
     @cache  # noqa: B019
     def linear(
-        self, out_features: int, in_features: int, weight_dtype: str, residual: bool
+        self, out_features: int, in_features: int, kind: WeightFormat, residual: bool
     ) -> tirx.PrimFunc:
-        return linear(self.isa, out_features, in_features, weight_dtype, residual)
+        if isinstance(kind, GroupFormat):
+            form = (kind.bits, kind.zero, kind.scale_dtype)
+            return group_linear(self.isa, out_features, in_features, *form, residual)
+        return linear(self.isa, out_features, in_features, kind, residual)
+
+    @cache  # noqa: B019
+    def quantize_rows(self, features: int, zero: int) -> tirx.PrimFunc:
+        return quantize_rows(features, zero)
+
+    @cache  # noqa: B019
+    def int8_linear(
+        self, out_features: int, in_features: int, kind: GroupFormat, residual: bool
+    ) -> tirx.PrimFunc:
+        dot = self.isa.dot.for_bits(kind.bits)
+        shape = (out_features, in_features, kind.bits, kind.scale_dtype)
+        return int8_linear(dot, self.isa.int8_rows, *shape, residual)
 
     @cache  # noqa: B019
     def rms_norm(self, hidden_size: int, eps: float) -> tirx.PrimFunc:

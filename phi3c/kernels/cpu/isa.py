@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .int8_dot import Dot, PlainDot, Pmaddubsw, Vpdpbusd
+
 
 @dataclass(frozen=True)
 class Isa:
@@ -16,6 +18,7 @@ class Isa:
 
     lanes: float32 values in a vector register.
     linear_rows, linear_panels: the register tile of a linear, rows × 16-column panels.
+    dot: the integer dot product; int8_rows: rows of an int8 linear's register tile.
     attention_rows: query rows that share one pass over a block of keys.
     """
 
@@ -24,12 +27,29 @@ class Isa:
     linear_rows: int
     linear_panels: int
     attention_rows: int
+    dot: Dot
+    int8_rows: int
 
 
-AVX512 = Isa("avx512", lanes=16, linear_rows=8, linear_panels=2, attention_rows=8)
-AVX2 = Isa("avx2", lanes=8, linear_rows=6, linear_panels=1, attention_rows=4)
-NEON = Isa("neon", lanes=4, linear_rows=4, linear_panels=1, attention_rows=4)
-PORTABLE = Isa("portable", lanes=4, linear_rows=2, linear_panels=1, attention_rows=2)
+_WIDE = dict(lanes=16, linear_rows=8, linear_panels=2, attention_rows=8)
+_AVX2 = dict(lanes=8, linear_rows=6, linear_panels=1, attention_rows=4)
+
+AVX512_VNNI = Isa("avx512-vnni", **_WIDE, dot=Vpdpbusd(16), int8_rows=8)
+AVX512 = Isa("avx512", **_WIDE, dot=Pmaddubsw(), int8_rows=4)
+AVX_VNNI = Isa("avx-vnni", **_AVX2, dot=Vpdpbusd(8), int8_rows=6)
+AVX2 = Isa("avx2", **_AVX2, dot=Pmaddubsw(), int8_rows=4)
+NEON = Isa(
+    "neon", lanes=4, linear_rows=4, linear_panels=1, attention_rows=4, dot=PlainDot(4), int8_rows=4
+)
+PORTABLE = Isa(
+    "portable",
+    lanes=4,
+    linear_rows=2,
+    linear_panels=1,
+    attention_rows=2,
+    dot=PlainDot(4),
+    int8_rows=2,
+)
 
 
 def vector_lanes(isa: Isa, extent: int) -> int:

@@ -1,0 +1,61 @@
+"""Compile time and library size of a config, without weights.
+
+python benchmarks/compile_time.py configs/phi-3-mini-4k.json --quantization q0f16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+from phi3c.artifact import Limits
+from phi3c.compiler import compile_library
+from phi3c.config import Phi3Config
+from phi3c.quantization.scheme import parse_scheme
+from phi3c.targets import parse_target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("configs", nargs="+", type=Path)
+    parser.add_argument("--quantization", default="q0f16")
+    parser.add_argument("--target", default="cpu")
+    args = parser.parse_args()
+    place, scheme = parse_target(args.target), parse_scheme(args.quantization)
+    for path in args.configs:
+        config = Phi3Config.from_file(path)
+        limits = Limits(8, min(4096, config.max_position_embeddings), 512)
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "model.so"
+            start = time.perf_counter()
+            made = compile_library(config, scheme, place, limits, library)
+            seconds = time.perf_counter() - start
+            result = {
+                "config": path.name,
+                "quantization": scheme.name,
+                "layers": config.num_hidden_layers,
+                "functions": len(made.spec.method_names),
+                "seconds": round(seconds, 2),
+                "library_bytes": library.stat().st_size,
+                "parameter_bytes": sum(_nbytes(p) for _, p in made.parameters),
+                "cpu": place.mcpu,
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+            }
+        print(json.dumps(result))
+
+
+def _nbytes(parameter) -> int:
+    count = 1
+    for extent in parameter.shape:
+        count *= int(extent)
+    return count * (4 if parameter.dtype == "float32" else 2)
+
+
+if __name__ == "__main__":
+    main()

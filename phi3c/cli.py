@@ -1,0 +1,415 @@
+"""The command line: `phi3c compile | generate | chat | inspect | verify`.
+
+One function per command; each imports what it needs, so that `--help` is fast. Exit codes: 0 done,
+1 failed (disk full, a wrong artifact, a bug), 2 asked for something impossible, 130 interrupted.
+Errors are one line on stderr; --verbose puts the traceback before it. This is the only module that
+reads the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import ContextLengthError, InputError, Phi3CError
+
+if TYPE_CHECKING:
+    from .compiler import Progress
+    from .engine.generate import Generation
+    from .engine.sampler import SamplingParams
+    from .engine.session import Session
+    from .engine.tokenizer import Tokenizer
+
+_COMPILE_OPTIONS = (
+    "target",
+    "quantization",
+    "max_batch_size",
+    "context_length",
+    "prefill_chunk_size",
+)
+_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code."""
+    verbose = False
+    try:
+        args = _parser().parse_args(argv)
+        verbose = args.verbose
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without the answer's letters
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as done:  # argparse has shown the help or the version
+        return done.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _silence_stdout()
+        return 1
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        _print_error(error)
+        return 2 if isinstance(error, Phi3CError) and isinstance(error, ValueError) else 1
+
+
+# Commands
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from .compiler import compile
+    from .describe import human_size
+
+    start = time.perf_counter()
+    options = _given(args, (*_COMPILE_OPTIONS, "seed"))
+    with _progress(args) as progress:
+        artifact = compile(args.source, output=args.output, progress=progress, **options)
+    seconds = time.perf_counter() - start
+    size = sum(file.stat().st_size for file in artifact.path.iterdir() if file.is_file())
+    manifest = artifact.manifest
+    if args.json:
+        facts = {
+            "path": str(artifact.path),
+            "quantization": manifest.quantization,
+            "target": manifest.target.name,
+            "mcpu": manifest.target.mcpu,
+            "limits": asdict(manifest.limits),
+            "bytes": size,
+            "seconds": seconds,
+        }
+        print(json.dumps(facts))
+    elif not args.quiet:
+        what = f"{manifest.quantization} for {manifest.target.name} ({manifest.target.mcpu})"
+        print(f"{artifact.path}: {what}, {human_size(size)} in {seconds:.1f} s")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .engine.generate import Generation
+    from .engine.tokenizer import Tokenizer
+
+    # What can be wrong is looked at before a checkpoint is compiled.
+    text = _prompt_text(args)
+    folder = _model_folder(args)
+    tokenizer = Tokenizer.from_folder(folder)
+    params = _sampling_params(args, folder)
+    prompt_ids = _prompt_ids(args, tokenizer, text)
+    generation = Generation(_session(args, folder), tokenizer, prompt_ids, params)
+    _show(generation, args.json)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    """Answers line by line. A turn that cannot be answered is dropped, and the exit code is 2."""
+    from .engine.generate import Generation
+    from .engine.tokenizer import Tokenizer
+
+    folder = _model_folder(args)
+    tokenizer = Tokenizer.from_folder(folder)
+    if not tokenizer.has_chat_template:
+        raise InputError(f"{folder}: no chat template; accepted: `phi3c generate --raw`")
+    params = _sampling_params(args, folder)
+    session = _session(args, folder)
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    messages, code = list(system), 0
+    while (line := _next_line()) not in (None, "/exit"):
+        if line == "/reset":
+            messages = list(system)
+        if line == "/reset" or not line.strip():
+            continue
+        question = {"role": "user", "content": line}
+        try:
+            ids = tokenizer.encode_chat([*messages, question])
+            generation = Generation(session, tokenizer, ids, params)
+        except (ContextLengthError, InputError) as error:
+            _print_error(error)
+            code = 2
+            continue
+        with contextlib.suppress(KeyboardInterrupt):  # stops this answer, not the chat
+            _show(generation, args.json)
+        if generation.token_ids:
+            messages += [question, {"role": "assistant", "content": generation.text}]
+    return code
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .artifact import Artifact
+    from .describe import artifact_facts, render
+
+    artifact = Artifact.open(Path(args.artifact).expanduser())
+    tokens = args.max_total_seq_len
+    if tokens is None:
+        tokens = artifact.manifest.limits.context_length
+    if tokens < 1:
+        raise InputError(f"--max-total-seq-len: found {tokens}; accepted: 1 or more")
+    facts = artifact_facts(artifact, tokens)
+    print(json.dumps(facts) if args.json else render(facts))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .describe import render_report
+    from .verify import verify
+
+    with _progress(args) as progress:
+        report = verify(
+            Path(args.artifact).expanduser(),
+            args.against,
+            oracle=args.oracle,
+            threads=args.threads,
+            progress=progress,
+        )
+    print(json.dumps(asdict(report) | {"ok": report.ok}) if args.json else render_report(report))
+    return 0 if report.ok else 1
+
+
+# What generate and chat share
+
+
+def _model_folder(args: argparse.Namespace) -> Path:
+    """The artifact, or the checkpoint that is to be compiled: either has the tokenizer."""
+    from .source import resolve_source
+
+    path = Path(args.model).expanduser()
+    if not _is_artifact(path):
+        folder = resolve_source(args.model).folder
+        if folder is None:
+            raise InputError(
+                f"{path}: a config has no tokenizer; accepted: an artifact, a checkpoint folder, "
+                "or a repo id"
+            )
+        return folder
+    if given := _given(args, _COMPILE_OPTIONS):
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise InputError(f"{option}: {path} is compiled already; accepted: with a checkpoint")
+    return path
+
+
+def _session(args: argparse.Namespace, folder: Path) -> Session:
+    """Loads the artifact in `folder`, or the one that its checkpoint is compiled to."""
+    from .artifact_cache import cached_artifact
+    from .engine.session import Session
+    from .runtime.compiled import load
+    from .runtime.threads import check_threads
+
+    threads = check_threads(args.threads)
+    if not _is_artifact(folder):
+        options = _given(args, _COMPILE_OPTIONS)
+        with _progress(args) as progress:
+            folder = cached_artifact(folder, _cache_dir(args), progress=progress, **options)
+    return Session(load(folder, threads=threads))
+
+
+def _is_artifact(folder: Path) -> bool:
+    from .artifact import MANIFEST
+
+    return (folder / MANIFEST).is_file()
+
+
+def _cache_dir(args: argparse.Namespace) -> Path:
+    if args.cache_dir is not None:
+        return Path(args.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "phi3c"
+
+
+def _prompt_text(args: argparse.Namespace) -> str:
+    if args.raw and args.system is not None:
+        raise InputError("--system: found with --raw; accepted: with the chat template")
+    text, where = args.prompt, "--prompt"
+    if text is None:
+        where = f"--prompt-file {args.prompt_file}"
+        try:
+            if args.prompt_file == "-":
+                data = sys.stdin.buffer.read()
+            else:
+                data = Path(args.prompt_file).expanduser().read_bytes()
+            text = data.decode()
+        except OSError as error:
+            raise InputError(f"{where}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8 at byte {error.start}") from None
+    if not text:
+        raise InputError(f"{where}: found nothing; accepted: some text")
+    return text
+
+
+def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
+    """One user message in the checkpoint's template; the bare text with --raw or without one."""
+    if args.raw or (args.system is None and not tokenizer.has_chat_template):
+        return tokenizer.encode(text)
+    messages = [{"role": "user", "content": text}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return tokenizer.encode_chat(messages)
+
+
+def _sampling_params(args: argparse.Namespace, folder: Path) -> SamplingParams:
+    from .engine.generation_config import generation_defaults
+    from .engine.sampler import SamplingParams
+
+    defaults, given = generation_defaults(folder), _given(args, _SAMPLING_OPTIONS)
+    if defaults["temperature"] == 0 and "temperature" not in given:
+        if unused := [name for name in ("top_p", "top_k", "min_p") if name in given]:
+            option = "--" + unused[0].replace("_", "-")
+            raise InputError(f"{option}: this model is greedy by default; give --temperature too")
+    return SamplingParams(**defaults | given, stop=args.stop, ignore_eos=args.ignore_eos)
+
+
+def _show(generation: Generation, as_json: bool) -> None:
+    """Streams the text and ends its last line, or prints one JSON object when all is done."""
+
+    from .describe import generation_facts
+
+    def end() -> None:
+        print(json.dumps(generation_facts(generation)) if as_json else "", flush=True)
+
+    try:
+        for piece in generation:
+            if not as_json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        end()
+        raise
+    end()
+
+
+def _next_line() -> str | None:
+    """The user's next line, None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
+    except EOFError:
+        return None
+    except UnicodeDecodeError:
+        raise InputError("stdin: found bytes that are not text; accepted: UTF-8") from None
+
+
+# What all commands share
+
+
+@contextlib.contextmanager
+def _progress(args: argparse.Namespace) -> Iterator[Progress | None]:
+    """A bar per stage on stderr, if somebody looks at it."""
+    if args.json or args.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(desc=stage, total=total, file=sys.stderr)
+        bars[stage].update(done - bars[stage].n)
+        if done == total:
+            bars[stage].close()
+
+    try:
+        yield report
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The options that were given; the others keep the defaults of what they are passed to."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _print_error(error: Exception) -> None:
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif not isinstance(error, Phi3CError):
+        message = f"{type(error).__name__}: {message} (--verbose tells more)"
+    print("phi3c: error:", " ".join(message.split()), file=sys.stderr)
+
+
+def _silence_stdout() -> None:
+    """The reader has gone; without this the interpreter complains once more when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="phi3c", description="Compiles Phi-3-family models and runs them.")
+    parser.add_argument("--version", action="version", version=f"phi3c {metadata.version('phi3c')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="print JSON, for programs")
+        made.add_argument("--quiet", action="store_true", help="no progress bars")
+        made.add_argument("--verbose", action="store_true", help="tracebacks of errors")
+        return made
+
+    made = command("compile", _compile, "compile a checkpoint into an artifact folder")
+    made.add_argument("source", help="checkpoint folder, repo id, or config .json (random weights)")
+    made.add_argument("-o", "--output", required=True, metavar="DIR")
+    _add_compile_options(made)
+    made.add_argument("--seed", type=int, help="of random weights (0)")
+
+    made = command("generate", _generate, "answer one prompt")
+    prompt = made.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="- is stdin")
+    made.add_argument("--raw", action="store_true", help="no chat template")
+    _add_model_options(made)
+
+    made = command("chat", _chat, "answer line by line; /reset forgets, /exit ends")
+    _add_model_options(made)
+
+    made = command("inspect", _inspect, "tell what an artifact holds and needs")
+    made.add_argument("artifact", help="artifact folder")
+    made.add_argument("--max-total-seq-len", type=int, metavar="N", help="KV bytes for N tokens")
+
+    made = command("verify", _verify, "compare an artifact with its checkpoint at every boundary")
+    made.add_argument("artifact", help="artifact folder")
+    made.add_argument("--against", required=True, metavar="CHECKPOINT", help="folder or repo id")
+    made.add_argument("--oracle", help="transformers or numpy (transformers if installed)")
+    made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
+    return parser
+
+
+def _add_compile_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("compilation (defaults in brackets)")
+    group.add_argument("--target", help="cpu or cpu:<mcpu> (cpu, this machine's)")
+    group.add_argument("--quantization", metavar="SCHEME", help="weight scheme (q0f16)")
+    group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (8)")
+    group.add_argument("--context-length", type=int, metavar="N", help="tokens (at most 4096)")
+    group.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens (512)")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="artifact, or checkpoint folder or repo id to compile")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="of artifacts (~/.cache/phi3c)")
+    group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="(until the context is full)")
+    group.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K", help="0: off")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--seed", type=int, metavar="S", help="(fresh randomness)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
+    group.add_argument("--ignore-eos", action="store_true")
+    _add_compile_options(parser)

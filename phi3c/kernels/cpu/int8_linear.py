@@ -1,0 +1,227 @@
+"""y = x Wᵀ with int8 activations over group-quantized weight panels."""
+
+from tvm.script import tirx as T
+
+from ..root import hand_scheduled
+from .int8_dot import Dot
+from .layout import GROUP, PANEL, group_shapes
+
+ROW_BLOCK = 64  # rows that share one unpacked group of weights
+_QUADS = GROUP // 4
+
+
+def _quad(W, panel, group, t, col, bits: int, lanes: int):
+    """Quad t of `lanes` rows from `col` on: uint32x<lanes>, a stored value in each byte."""
+
+    def every(value: int):
+        return T.broadcast(T.uint32(value), lanes)
+
+    def word(index):
+        return W[panel, group, index, T.ramp(col, 1, lanes)]
+
+    if bits == 8:
+        return word(t)
+    if bits == 4:
+        shift = T.broadcast(T.Cast("uint32", t % 2 * 4), lanes)
+        return T.bitwise_and(T.shift_right(word(t // 2), shift), every(0x0F0F0F0F))
+    low = T.shift_right(word(t // 4), T.broadcast(T.Cast("uint32", t % 4 * 2), lanes))
+    high = T.shift_right(word(2), T.broadcast(T.Cast("uint32", t), lanes))
+    return T.bitwise_or(
+        T.bitwise_and(low, every(0x03030303)),
+        T.shift_left(T.bitwise_and(high, every(0x01010101)), every(2)),
+    )
+
+
+def int8_linear(
+    dot: Dot,
+    tile_rows: int,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    scale_dtype: str,
+    residual: bool,
+):
+    """a `[m, groups, 8]` i32, a_scale `[m, groups]` f32, offset `[m, groups]` i32 (quantize.py),
+    q, scale (layout.group_shapes), (residual `[m, out]` f32) → `[m, out]` f32.
+
+    One row streams the weights through registers (decode is bound by reading them). More rows share
+    a group unpacked into L1, in register tiles of tile_rows × 16 columns.
+    """
+    q_shape, scale_shape = group_shapes(out_features, in_features, bits)
+    n_panels, n_groups = q_shape[:2]
+    side = next(d for d in (4, 3, 2, 1) if n_panels % d == 0)  # panels of a parallel task
+    lanes = dot.lanes
+    parts = side * PANEL // lanes  # vectors across a task's columns
+    acc_len, acc_dtype = dot.acc_len, dot.acc_dtype
+    tail = out_features % PANEL
+
+    @T.inline
+    def store(F, R, O, at, j, row, col):
+        if col + PANEL <= out_features:
+            for v in T.vectorized(PANEL):
+                if residual:
+                    O[row, col + v] = F[at, j * PANEL + v] + R[row, col + v]
+                else:
+                    O[row, col + v] = F[at, j * PANEL + v]
+        else:
+            for v in T.serial(tail):
+                if residual:
+                    O[row, col + v] = F[at, j * PANEL + v] + R[row, col + v]
+                else:
+                    O[row, col + v] = F[at, j * PANEL + v]
+
+    @T.inline
+    def one_row(A, AS, AZ, W, S, F, p, row):
+        acc = T.alloc_buffer((parts * lanes,), "float32")
+        for i in T.unroll(parts):
+            acc[T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+        for g in T.serial(n_groups):
+            h = T.alloc_buffer((parts * acc_len,), acc_dtype)
+            for i in T.unroll(parts):
+                h[T.ramp(i * acc_len, 1, acc_len)] = T.broadcast(T.Cast(acc_dtype, 0), acc_len)
+            for t in T.unroll(_QUADS):
+                for i in T.unroll(parts):
+                    w = T.meta_var(
+                        _quad(
+                            W,
+                            p * side + i * lanes // PANEL,
+                            g,
+                            t,
+                            i * lanes % PANEL,
+                            bits,
+                            lanes,
+                        )
+                    )
+                    h[T.ramp(i * acc_len, 1, acc_len)] = dot.step(
+                        h[T.ramp(i * acc_len, 1, acc_len)], w, A[row, g, t]
+                    )
+            for i in T.unroll(parts):
+                s = T.meta_var(
+                    S[
+                        p * side + i * lanes // PANEL,
+                        g,
+                        T.ramp(i * lanes % PANEL, 1, lanes),
+                    ]
+                )
+                total = T.meta_var(
+                    dot.finish(h[T.ramp(i * acc_len, 1, acc_len)]) - T.broadcast(AZ[row, g], lanes)
+                )
+                acc[T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
+                    T.Cast(f"float32x{lanes}", s) * T.broadcast(AS[row, g], lanes)
+                )
+        for i in T.unroll(parts):
+            F[0, T.ramp(i * lanes, 1, lanes)] = acc[T.ramp(i * lanes, 1, lanes)]
+
+    @T.inline
+    def tile(A, AS, AZ, U, SU, F, g, row, at, n_rows):
+        for i in T.serial(parts):
+            h = T.alloc_buffer((n_rows * acc_len,), acc_dtype)
+            for r in T.unroll(n_rows):
+                h[T.ramp(r * acc_len, 1, acc_len)] = T.broadcast(T.Cast(acc_dtype, 0), acc_len)
+            for t in T.unroll(_QUADS):
+                for r in T.unroll(n_rows):
+                    h[T.ramp(r * acc_len, 1, acc_len)] = dot.step(
+                        h[T.ramp(r * acc_len, 1, acc_len)],
+                        U[t, T.ramp(i * lanes, 1, lanes)],
+                        A[row + r, g, t],
+                    )
+            for r in T.unroll(n_rows):
+                total = T.meta_var(
+                    dot.finish(h[T.ramp(r * acc_len, 1, acc_len)])
+                    - T.broadcast(AZ[row + r, g], lanes)
+                )
+                F[at + r, T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
+                    SU[T.ramp(i * lanes, 1, lanes)] * T.broadcast(AS[row + r, g], lanes)
+                )
+
+    @T.inline
+    def many_rows(A, AS, AZ, W, S, F, p, start, count):
+        U = T.alloc_buffer((_QUADS, side * PANEL), "uint32")
+        SU = T.alloc_buffer((side * PANEL,), "float32")
+        for r in T.serial(count):
+            for i in T.unroll(parts):
+                F[r, T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+        for g in T.serial(n_groups):
+            for i in T.unroll(parts):
+                SU[T.ramp(i * lanes, 1, lanes)] = T.Cast(
+                    f"float32x{lanes}",
+                    S[
+                        p * side + i * lanes // PANEL,
+                        g,
+                        T.ramp(i * lanes % PANEL, 1, lanes),
+                    ],
+                )
+                for t in T.unroll(_QUADS):
+                    U[t, T.ramp(i * lanes, 1, lanes)] = _quad(
+                        W,
+                        p * side + i * lanes // PANEL,
+                        g,
+                        t,
+                        i * lanes % PANEL,
+                        bits,
+                        lanes,
+                    )
+            for k in T.serial(count // tile_rows):
+                tile(A, AS, AZ, U, SU, F, g, start + k * tile_rows, k * tile_rows, tile_rows)
+            for k in T.serial(count % tile_rows):
+                at = T.meta_var(count // tile_rows * tile_rows + k)
+                tile(A, AS, AZ, U, SU, F, g, start + at, at, 1)
+
+    @T.inline
+    def body(A, AS, AZ, W, S, R, O, m):
+        for p in T.parallel(n_panels // side):
+            F = T.alloc_buffer((ROW_BLOCK, side * PANEL), "float32")
+            for block in T.serial((m + ROW_BLOCK - 1) // ROW_BLOCK):
+                start: T.let = block * ROW_BLOCK
+                count: T.let = T.min(m - start, ROW_BLOCK)
+                if count == 1:
+                    one_row(A, AS, AZ, W, S, F, p, start)
+                else:
+                    many_rows(A, AS, AZ, W, S, F, p, start, count)
+                for r in T.serial(count):
+                    for j in T.unroll(side):
+                        store(F, R, O, r, j, start + r, (p * side + j) * PANEL)
+
+    if residual:
+
+        @T.prim_func(private=True, s_tir=True)
+        def with_residual(
+            a: T.handle,
+            a_scale: T.handle,
+            offset: T.handle,
+            q: T.handle,
+            scale: T.handle,
+            res: T.handle,
+            out: T.handle,
+        ):
+            m = T.int64()
+            A = T.match_buffer(a, (m, n_groups, _QUADS), "int32")
+            AS = T.match_buffer(a_scale, (m, n_groups), "float32")
+            AZ = T.match_buffer(offset, (m, n_groups), "int32")
+            W = T.match_buffer(q, q_shape, "uint32")
+            S = T.match_buffer(scale, scale_shape, scale_dtype)
+            R = T.match_buffer(res, (m, out_features), "float32")
+            O = T.match_buffer(out, (m, out_features), "float32")
+            body(A, AS, AZ, W, S, R, O, m)
+
+        return hand_scheduled(with_residual)
+
+    @T.prim_func(private=True, s_tir=True)
+    def plain(
+        a: T.handle,
+        a_scale: T.handle,
+        offset: T.handle,
+        q: T.handle,
+        scale: T.handle,
+        out: T.handle,
+    ):
+        m = T.int64()
+        A = T.match_buffer(a, (m, n_groups, _QUADS), "int32")
+        AS = T.match_buffer(a_scale, (m, n_groups), "float32")
+        AZ = T.match_buffer(offset, (m, n_groups), "int32")
+        W = T.match_buffer(q, q_shape, "uint32")
+        S = T.match_buffer(scale, scale_shape, scale_dtype)
+        O = T.match_buffer(out, (m, out_features), "float32")
+        body(A, AS, AZ, W, S, None, O, m)
+
+    return hand_scheduled(plain)

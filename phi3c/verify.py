@@ -1,0 +1,227 @@
+"""Compares an artifact with its checkpoint at every length where decoders go wrong.
+
+For each boundary of the artifact (a page, a prefill chunk, the sliding window, LongRoPE's original
+context, the end of the context) it decodes greedily across it, and prefills across it in whole
+chunks and in chunks of 7; the oracle then computes every step of the same tokens without a cache,
+in float32 with the weights as the artifact's scheme rounds them. What the rounding itself costs is
+another question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from .artifact import Artifact
+from .config import Phi3Config
+from .engine.session import Session
+from .errors import CheckpointError, InputError
+from .quantization.scheme import Scheme, parse_scheme
+from .reference import reference_logits
+from .runtime.compiled import load
+from .source import resolve_source
+from .weights import Checkpoint
+
+REACH = 4  # tokens on either side of a boundary
+SMALL_CHUNK = 7
+ORACLES = ("transformers", "numpy")
+
+# Token ids [n], first → logits of positions first … n−1, all with the factors that n tokens take.
+Oracle = Callable[[list[int], int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One way across one boundary.
+
+    tokens: length of the sequence in the end; steps: logits compared; error: the largest, over the
+    logit scale; differs_at: position of the first greedy token that is not the oracle's, or None.
+    """
+
+    boundary: str
+    at: int
+    case: str
+    tokens: int
+    steps: int
+    error: float
+    differs_at: int | None
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """oracle: what the artifact was compared with; tolerance: largest error allowed."""
+
+    oracle: str
+    tolerance: float
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+
+def verify(
+    path: str | Path,
+    against: str | Path,
+    oracle: str | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Runs artifact `path` and checkpoint `against` over random prompts (from `seed`).
+
+    oracle: "transformers" or "numpy"; by default transformers if it is installed. Raises
+    ArtifactError, CheckpointError, ConfigError, InputError.
+    """
+    artifact = Artifact.open(path)
+    source = resolve_source(against)
+    if source.folder is None:
+        raise CheckpointError(f"{against}: a config without weights; accepted: a checkpoint")
+    config = artifact.manifest.config
+    if source.config != config:
+        raise CheckpointError(
+            f"{against}: its config is not the artifact's: {_difference(source.config, config)}"
+        )
+    scheme = parse_scheme(artifact.manifest.quantization)
+    name, logits = _oracle(oracle, source.folder, config, scheme)
+    tolerance = scheme.tolerance
+    session = Session(load(path, threads=threads))
+    rng = np.random.default_rng(seed)
+    plan = list(_plan(artifact))
+    checks = []
+    for done, (boundary, at, case, prompt, end) in enumerate(plan):
+        if progress:
+            progress("verify", done, len(plan))
+        ids = rng.integers(0, config.vocab_size, prompt).tolist()
+        ids, found = _run(session, ids, end, SMALL_CHUNK if case == "chunks of 7" else None)
+        first = len(ids) - len(found)
+        expected = _expected(logits, config, ids, first)
+        checks.append(_compare(boundary, at, case, first, found, expected, tolerance))
+    if progress:
+        progress("verify", len(plan), len(plan))
+    return Report(name, tolerance, tuple(checks))
+
+
+def _plan(artifact: Artifact) -> Iterator[tuple[str, int, str, int, int]]:
+    """(boundary, at, case, tokens in the prompt, tokens in the end)."""
+    config, limits = artifact.manifest.config, artifact.manifest.limits
+    boundaries = [
+        ("page", artifact.manifest.kv_layout.block_tokens),
+        ("prefill_chunk_size", limits.prefill_chunk_size),
+        ("sliding_window", config.sliding_window),
+        ("original_max", config.original_max_position_embeddings),
+        ("context_length", limits.context_length),
+    ]
+    for boundary, at in boundaries:
+        if at is None or at > limits.context_length:
+            continue
+        end = min(at + REACH, limits.context_length)
+        yield boundary, at, "decode", max(1, min(at, end) - REACH), end
+        yield boundary, at, "prefill", max(1, end - 1), end
+        yield boundary, at, "chunks of 7", max(1, end - 1), end
+
+
+def _run(
+    session: Session, prompt: list[int], end: int, chunk: int | None
+) -> tuple[list[int], np.ndarray]:
+    """Prefills, then decodes greedily to `end` tokens; the logits of each step `[steps, vocab]`."""
+    session.rewind(0)
+    ids, chunk = list(prompt), chunk or len(prompt)
+    for start in range(0, len(ids), chunk):
+        logits = session.extend(ids[start : start + chunk])
+    steps = [logits]
+    while len(ids) < end:
+        ids.append(int(steps[-1].argmax()))
+        steps.append(session.extend(ids[-1:]))
+    return ids, np.stack(steps)
+
+
+def _expected(oracle: Oracle, config: Phi3Config, ids: list[int], first: int) -> np.ndarray:
+    """Logits of positions first … n−1, each with the factors that its own length takes."""
+    switch = config.original_max_position_embeddings
+    if not config.needs_long_factors(len(ids)) or first >= switch:
+        return oracle(ids, first)
+    return np.concatenate([oracle(ids[:switch], first), oracle(ids, switch)])
+
+
+def _compare(
+    boundary: str,
+    at: int,
+    case: str,
+    first: int,
+    found: np.ndarray,
+    expected: np.ndarray,
+    tolerance: float,
+) -> Check:
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    differs = np.flatnonzero(found.argmax(axis=1) != expected.argmax(axis=1))
+    # Float32 leaves no room for another token; a narrower type may swap two that nearly tie.
+    tokens_ok = not len(differs) or tolerance > 1e-4
+    return Check(
+        boundary=boundary,
+        at=at,
+        case=case,
+        tokens=first + len(found),
+        steps=len(found),
+        error=error,
+        differs_at=first + 1 + int(differs[0]) if len(differs) else None,
+        ok=bool(error <= tolerance and tokens_ok),  # NaN is not ok
+    )
+
+
+def _oracle(
+    name: str | None, folder: Path, config: Phi3Config, scheme: Scheme
+) -> tuple[str, Oracle]:
+    if name is None:
+        installed = find_spec("torch") and find_spec("transformers")
+        name = "transformers" if installed else "numpy"
+    if name == "transformers":
+        return name, _transformers_oracle(folder, config, scheme)
+    if name == "numpy":
+        checkpoint = Checkpoint(folder, config)
+
+        def weights(tensor: str) -> np.ndarray:
+            return scheme.rounded(checkpoint.tensor(tensor))
+
+        return name, lambda ids, first: reference_logits(config, weights, ids)[first:]
+    raise InputError(f"oracle: found {name!r}; accepted: {', '.join(ORACLES)}")
+
+
+def _transformers_oracle(folder: Path, config: Phi3Config, scheme: Scheme) -> Oracle:
+    import torch
+    import transformers
+
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = transformers.Phi3ForCausalLM.from_pretrained(
+        folder,
+        # Not the file's own form: transformers does not read every form that checkpoints use.
+        config=transformers.Phi3Config(**config.to_dict()),
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+    ).eval()
+    logging.enable_progress_bar()
+    logging.set_verbosity(verbosity)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.from_numpy(scheme.rounded(parameter.numpy())))
+
+    @torch.no_grad()
+    def logits(ids: list[int], first: int) -> np.ndarray:
+        keep = len(ids) - first
+        return model(torch.tensor([ids]), logits_to_keep=keep, use_cache=False).logits[0].numpy()
+
+    return logits
+
+
+def _difference(a: Phi3Config, b: Phi3Config) -> str:
+    x, y = a.to_dict(), b.to_dict()
+    key = next(k for k in x if x[k] != y.get(k))
+    return f"{key}: found {x[key]!r}; accepted: {y.get(key)!r}"

@@ -1,0 +1,170 @@
+"""Tiny random models, as transformers makes them, and their compiled artifacts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from transformers import Phi3Config as HFConfig
+from transformers import Phi3ForCausalLM as HFModel
+
+import phi3c
+from phi3c.config import Phi3Config
+from phi3c.kernels.cpu.isa import AVX2, AVX512, AVX512_VNNI, AVX_VNNI, PORTABLE, Isa
+from phi3c.quantization.scheme import parse_scheme
+from phi3c.targets import parse_target
+from phi3c.weights import Checkpoint
+
+BASE = dict(
+    vocab_size=199,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    original_max_position_embeddings=256,
+    sliding_window=None,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+_errors: dict[str, float] = {}  # model → largest error / logit scale of the whole run
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if _errors:
+        terminalreporter.section("parity with transformers: largest error / logit scale")
+        for name, error in sorted(_errors.items()):
+            terminalreporter.write_line(f"{name:24} {error:.1e}")
+
+
+def longrope(rotary_dim: int) -> dict:
+    """Two clearly different factor sets."""
+    half = rotary_dim // 2
+    return {
+        "type": "longrope",
+        "short_factor": [1.0 + 0.05 * i for i in range(half)],
+        "long_factor": [1.5 + 1.3 * i for i in range(half)],
+    }
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint on disk, its transformers model (float32), and its artifact."""
+
+    folder: Path
+    oracle: HFModel
+    compiled: phi3c.CompiledPhi3
+    tolerance: float  # of the logit scale
+
+    @property
+    def config(self) -> Phi3Config:
+        return self.compiled.config
+
+    def weights(self, name: str) -> np.ndarray:
+        return Checkpoint(self.folder, self.config).tensor(name)
+
+    def logits(self, ids) -> np.ndarray:
+        """The oracle's logits at every position, `[n, vocab]`, of one sequence on its own."""
+        with torch.no_grad():
+            return self.oracle(torch.tensor([list(map(int, ids))])).logits[0].numpy()
+
+    def last_logits(self, ids) -> np.ndarray:
+        return self.logits(ids)[-1]
+
+    def check(self, found, expected) -> float:
+        """Asserts closeness; returns the largest error over the logit scale."""
+        found = np.asarray(found.numpy() if hasattr(found, "numpy") else found)
+        found = found.reshape(expected.shape)
+        error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        _errors[self.folder.name] = max(error, _errors.get(self.folder.name, 0.0))
+        assert error <= self.tolerance, error
+        return error
+
+
+def make_checkpoint(folder: Path, seed: int = 0, **overrides) -> HFModel:
+    """A random Phi-3 saved as float32 safetensors."""
+    config = HFConfig(**copy.deepcopy(BASE | overrides), attn_implementation="eager")
+    model = HFModel(config).eval()
+    make_weights(model, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def make_weights(model: HFModel, seed: int = 0) -> None:
+    """Random weights under which attention is sharp enough to show an error of position."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(1 + 0.2 * noise)
+        else:
+            parameter.copy_(noise * 1.2 / parameter.shape[-1] ** 0.5)
+
+
+def build(tmp: Path, name: str, quantization: str = "q0f32", compile_options=(), **overrides):
+    """A TinyModel; `overrides` are fields of transformers' Phi3Config."""
+    folder = tmp / name
+    oracle = make_checkpoint(folder, **overrides)
+    options = dict(max_batch_size=4, prefill_chunk_size=96) | dict(compile_options)
+    artifact = phi3c.compile(
+        folder, quantization=quantization, output=tmp / f"{name}-artifact", **options
+    )
+    tolerance = parse_scheme(quantization).tolerance
+    return TinyModel(folder, oracle, phi3c.load(artifact.path), tolerance)
+
+
+@cache
+def host_isas() -> tuple[Isa, ...]:
+    """This machine's instruction set, and the others that it can run."""
+    flags = set(parse_target("cpu").cpu_flags)
+    return tuple(isa for isa, mcpu in MCPU.items() if set(parse_target(mcpu).cpu_flags) <= flags)
+
+
+# An LLVM CPU for each instruction set whose kernels differ.
+MCPU = {
+    AVX512_VNNI: "cpu:icelake-server",
+    AVX512: "cpu:skylake-avx512",
+    AVX_VNNI: "cpu:alderlake",
+    AVX2: "cpu:x86-64-v3",
+    PORTABLE: "cpu:x86-64-v2",
+}
+
+
+@pytest.fixture(params=list(MCPU), ids=lambda isa: isa.name)
+def isa(request) -> Isa:
+    """Each instruction set that this machine can run."""
+    if request.param not in host_isas():
+        pytest.skip(f"this CPU has no {request.param.name}")
+    return request.param
+
+
+def compile_kernel(func, isa: Isa):
+    """A kernel as a callable of TVM tensors."""
+    target = parse_target(MCPU[isa]).tvm_target
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=target)["main"]
+
+
+@pytest.fixture(scope="session")
+def build_model(tmp_path_factory):
+    """build(name, **overrides), each model made once a session."""
+    made: dict[str, TinyModel] = {}
+    tmp = tmp_path_factory.mktemp("models")
+
+    def get(name: str, **overrides) -> TinyModel:
+        if name not in made:
+            made[name] = build(tmp, name, **overrides)
+        return made[name]
+
+    return get

@@ -1,0 +1,180 @@
+"""Schemes: numpy packing, the kernels' layout, and whole models against their dequantized twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from conftest import compile_kernel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_parity import new_cache, prefill, tokens
+
+from phi3c.errors import SchemeError
+from phi3c.kernels.cpu import layout
+from phi3c.kernels.cpu.group_linear import ROW_BLOCK, group_embedding, group_linear
+from phi3c.kernels.cpu.int8_linear import int8_linear
+from phi3c.kernels.cpu.quantize import quantize_rows
+from phi3c.quantization.group import GroupQuantization, pack_bits, unpack_bits
+from phi3c.quantization.scheme import SCHEMES, parse_scheme
+from phi3c.reference import reference_logits
+
+BITS = (3, 4, 8)
+tensor = tvm.runtime.tensor
+
+
+@pytest.mark.parametrize("bits", BITS)
+@settings(max_examples=30, deadline=None)
+@given(out_features=st.integers(1, 50), groups=st.integers(1, 4), seed=st.integers(0, 99))
+def test_packing_is_exact(bits, out_features, groups, seed):
+    rng = np.random.default_rng(seed)
+    q = rng.integers(0, 2**bits, (out_features, 32 * groups), dtype=np.uint8)
+    scale = rng.random((out_features, groups)).astype(np.float16)
+    assert (unpack_bits(pack_bits(q, bits), bits, q.shape[1]) == q).all()
+    words, scales = layout.pack_groups(q, bits), layout.pack_scales(scale)
+    shapes = layout.group_shapes(out_features, q.shape[1], bits)
+    assert (words.shape, scales.shape) == shapes and words.dtype == np.uint32
+    assert (layout.unpack_groups(words, bits, out_features) == q).all()
+    assert (layout.unpack_scales(scales, out_features) == scale).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_quantization_error_is_half_a_step(bits):
+    weight = np.random.default_rng(0).standard_normal((40, 96)).astype(np.float32)
+    weight[3, :32] = 0  # a group without a scale
+    spec = GroupQuantization(bits, 32, "float32")
+    q, scale = spec.quantize(weight)
+    error = np.abs(spec.dequantize(q, scale) - weight).reshape(40, 3, 32).max(axis=-1)
+    assert (error <= 0.5001 * scale).all()
+    assert q.max() <= 2 * spec.zero and (q[3, :32] == spec.zero).all()
+
+
+def test_group_size_must_divide():
+    with pytest.raises(SchemeError, match="found 36 input features; accepted: a multiple of .* 32"):
+        parse_scheme("q4f16_1").weight.check("x", 36)
+    with pytest.raises(SchemeError, match="found 'q5'; accepted: q0f32"):
+        parse_scheme("q5")
+
+
+def quantized(bits: int, out_features: int, in_features: int):
+    """Random weight as the kernels take it, and its dequantized twin."""
+    spec = GroupQuantization(bits, 32, "float16")
+    weight = np.random.default_rng(bits).standard_normal((out_features, in_features))
+    q, scale = spec.quantize(weight)
+    arrays = tensor(layout.pack_groups(q, bits)), tensor(layout.pack_scales(scale))
+    return spec, arrays, spec.dequantize(q, scale).astype(np.float64)
+
+
+ROWS = (1, 2, 5, 9, 17, ROW_BLOCK, ROW_BLOCK + 1, 2 * ROW_BLOCK + 3)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(1, 32), (17, 96), (100, 64), (64, 160)])
+def test_group_linear(isa, bits, shape, residual):
+    out_features, in_features = shape
+    spec, arrays, weight = quantized(bits, *shape)
+    kernel = group_linear(isa, *shape, bits, spec.zero, "float16", residual)
+    run = compile_kernel(kernel, isa)
+    for m in ROWS:
+        rng = np.random.default_rng(m)
+        x = rng.standard_normal((m, in_features)).astype(np.float32)
+        added = rng.standard_normal((m, out_features)).astype(np.float32)
+        out = tensor(np.full((m, out_features), np.nan, np.float32))
+        run(tensor(x), *arrays, *([tensor(added)] if residual else []), out)
+        expected = x @ weight.T + (added if residual else 0)
+        assert np.abs(out.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def quantized_rows(isa, x: np.ndarray, zero: int):
+    """The kernel's int8 activations, and the same as float64 `[m, in]`."""
+    m, groups = x.shape[0], x.shape[1] // 32
+    out = [
+        tensor(np.zeros((m, groups, 8), np.int32)),
+        tensor(np.zeros((m, groups), np.float32)),
+        tensor(np.zeros((m, groups), np.int32)),
+    ]
+    compile_kernel(quantize_rows(x.shape[1], zero), isa)(tensor(x), *out)
+    a = out[0].numpy().view(np.int8).reshape(m, groups, 32)
+    return out, a, (a * out[1].numpy().astype(np.float64)[..., None]).reshape(x.shape)
+
+
+def test_quantize_rows(isa):
+    x = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
+    x[2] = 0
+    x[3, :32] *= 1e6
+    (_, scale, offset), a, back = quantized_rows(isa, x, 7)
+    groups = x.reshape(7, 3, 32)
+    assert np.allclose(scale.numpy(), np.abs(groups).max(-1) / 127, rtol=1e-6)
+    assert (offset.numpy() == 7 * a.sum(-1, dtype=np.int32)).all()
+    assert (np.abs(back.reshape(groups.shape) - groups).max(-1) <= 0.5001 * scale.numpy()).all()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(1, 32), (17, 96), (100, 64), (64, 160)])
+def test_int8_linear(isa, bits, shape, residual):
+    """Exact but for float32 rounding, once the activations are rounded."""
+    out_features, in_features = shape
+    spec, arrays, weight = quantized(bits, *shape)
+    dot = isa.dot.for_bits(bits)
+    kernel = int8_linear(dot, isa.int8_rows, *shape, bits, "float16", residual)
+    run = compile_kernel(kernel, isa)
+    for m in ROWS:
+        rng = np.random.default_rng(m)
+        x = (100 * rng.standard_normal((m, in_features))).astype(np.float32)
+        x[:, ::5] = 127 * np.sign(x[:, ::5])  # many of the largest magnitude: no overflow
+        added = rng.standard_normal((m, out_features)).astype(np.float32)
+        inputs, _, rounded = quantized_rows(isa, x, spec.zero)
+        out = tensor(np.full((m, out_features), np.nan, np.float32))
+        run(*inputs, *arrays, *([tensor(added)] if residual else []), out)
+        expected = rounded @ weight.T + (added if residual else 0)
+        assert np.abs(out.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_group_embedding(isa, bits):
+    spec, arrays, weight = quantized(bits, 50, 96)
+    ids = np.array([0, 15, 16, 49, 7, 7], np.int32)
+    out = tensor(np.zeros((6, 96), np.float32))
+    compile_kernel(group_embedding(50, 96, bits, spec.zero, "float16"), isa)(
+        tensor(ids), *arrays, out
+    )
+    assert np.abs(out.numpy() - weight[ids]).max() <= 1e-6 * np.abs(weight).max()
+
+
+GROUPED = [s.name for s in SCHEMES if not isinstance(s.weight, str) and not s.int8_activations]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_against_its_dequantized_twin(build_model, name, tied):
+    scheme = parse_scheme(name)
+    size = dict(hidden_size=128, intermediate_size=192, head_dim=32)
+    model = build_model(f"{name}-{tied}", quantization=name, tie_word_embeddings=tied, **size)
+
+    def weights(tensor_name: str) -> np.ndarray:
+        return scheme.rounded(model.weights(tensor_name))
+
+    ids = tokens(model, 40)
+    cache = new_cache(model)
+    cache.add_sequence(0)
+    logits = prefill(model, cache, 0, ids)
+    expected = reference_logits(model.config, weights, ids)[-1]
+    error = np.abs(logits.reshape(-1) - expected).max() / np.abs(expected).max()
+    assert error <= scheme.tolerance
+
+
+@pytest.mark.parametrize("name", ["q8f32_1:int8", "q4f32_1:int8", "q3f32_1:int8"])
+def test_int8_activations_in_a_model(build_model, name):
+    """Near the float product of the same scheme, and not equal to it: the int8 kernels did run."""
+    size = dict(hidden_size=128, intermediate_size=192, head_dim=32)
+    int8 = build_model(name.replace(":", "-"), quantization=name, **size)
+    plain = build_model(name.partition(":")[0], quantization=name.partition(":")[0], **size)
+    rows = []
+    for model in (int8, plain):
+        cache = new_cache(model)
+        cache.add_sequence(0)
+        rows.append(prefill(model, cache, 0, tokens(model, 40)).reshape(-1))
+    error = np.abs(rows[0] - rows[1]).max() / np.abs(rows[1]).max()
+    assert 1e-4 < error < 0.1
