@@ -280,14 +280,14 @@ def check_output(path: Path) -> None:
     if not any(path.iterdir()):
         return
     try:
-        Artifact.open(path)
-    except ArtifactError as err:
-        ours = (path / MANIFEST).exists() and "format_version" in str(err)
-        if not ours:
-            raise ArtifactError(
-                f"{path}: output exists and is not a phi3c artifact; accepted: a new or empty "
-                "folder, or an artifact to replace"
-            ) from None
+        found = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{path}: output exists and is not a phi3c artifact; accepted: a new or empty "
+            "folder, or an artifact to replace"
+        )
 
 
 @contextmanager
@@ -299,15 +299,26 @@ def new_artifact(path: Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)
         yield scratch
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / path.name)
-        scratch.rename(path)
-        if old is not None:
-            shutil.rmtree(old)
+        _replace(path, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Puts folder `new` at `path`; what was there goes only if that worked."""
+    if not path.exists():
+        new.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        path.rename(aside / path.name)
+        try:
+            new.rename(path)
+        except BaseException:
+            (aside / path.name).rename(path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_package_files(folder: Path, manifest: Manifest) -> None:

@@ -19,6 +19,12 @@ from .kernels.cpu.isa import AVX2, AVX512, AVX512_VNNI, AVX_VNNI, NEON, PORTABLE
 # LLVM feature → the flag that Linux reports for it. An artifact lists those that its code may use,
 # so that a CPU without them is refused at load instead of dying on an illegal instruction.
 _X86_FLAGS = {
+    "popcnt": "popcnt",
+    "movbe": "movbe",
+    "lzcnt": "abm",
+    "bmi": "bmi1",
+    "bmi2": "bmi2",
+    "gfni": "gfni",
     "sse4.2": "sse4_2",
     "avx": "avx",
     "avx2": "avx2",
@@ -28,7 +34,12 @@ _X86_FLAGS = {
     "avx512bw": "avx512bw",
     "avx512dq": "avx512dq",
     "avx512vl": "avx512vl",
+    "avx512cd": "avx512cd",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2",
     "avx512vnni": "avx512_vnni",
+    "avx512fp16": "avx512_fp16",
     "avx512bf16": "avx512_bf16",
     "avxvnni": "avx_vnni",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,10 @@ def write_tensors(
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Name → array mapped from the file, without a copy. Raises ArtifactError."""
+    """Name → array mapped from the file, without a copy.
+
+    Raises ArtifactError: unreadable, cut short, or not a file that `write_tensors` writes.
+    """
     try:
         total = path.stat().st_size
         with open(path, "rb") as file:
@@ -85,12 +89,17 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
             header = json.loads(file.read(length))
     except OSError as err:
         raise ArtifactError(f"{path}: cannot be read ({err.strerror})") from None
-    except ValueError as err:
-        if isinstance(err, ArtifactError):
-            raise
+    except ArtifactError:
+        raise
+    except (ValueError, RecursionError):
         raise ArtifactError(f"{path}: not a safetensors file: its header is no JSON") from None
-    start = 8 + length
-    end = start + max((e["data_offsets"][1] for e in header.values()), default=0)
+    if not isinstance(header, dict):
+        raise ArtifactError(f"{path}: not a safetensors file: its header is no JSON object")
+    end = start = 8 + length
+    for name, entry in header.items():
+        if (why := _misfit(entry, start, end - start)) is not None:
+            raise ArtifactError(f"{path}: {name}: {why}")
+        end = start + entry["data_offsets"][1]
     if total != end:
         raise ArtifactError(f"{path}: truncated: {total} bytes, its header tells of {end}")
     mapped = np.memmap(path, np.uint8, mode="c")
@@ -100,3 +109,20 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
             low, high = (start + x for x in entry["data_offsets"])
             arrays[name] = mapped[low:high].view(_TO_NUMPY[entry["dtype"]]).reshape(entry["shape"])
     return arrays
+
+
+def _misfit(entry: object, start: int, offset: int) -> str | None:
+    """What is wrong with a header's entry whose data should begin `offset` bytes into the data."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return "not a tensor's entry: dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _TO_NUMPY:
+        return f"dtype: found {dtype!r}; accepted: {', '.join(_TO_NUMPY)}"
+    if not isinstance(shape, list) or not all(type(x) is int and x >= 0 for x in shape):
+        return f"shape: found {shape!r}; accepted: a list of sizes"
+    size = math.prod(shape) * np.dtype(_TO_NUMPY[dtype]).itemsize
+    if offsets != [offset, offset + size]:
+        return f"data_offsets: found {offsets!r}; accepted: {[offset, offset + size]}"
+    if dtype != "U8" and (start + offset) % ALIGNMENT:
+        return f"begins at byte {start + offset}; accepted: a multiple of {ALIGNMENT}"
+    return None

@@ -63,7 +63,7 @@ def test_wrong_slots_are_caught(model, monkeypatch):
 
     def shifted(cache):
         found = inputs(cache)
-        found["slots"][found["positions"] == 16] -= 1  # the first token of the second page
+        found["slots"][found["positions"] == 16] += 1  # the first token of the second page
         return found
 
     monkeypatch.setattr(PagedKVCache, "forward_inputs", shifted)
