@@ -134,8 +134,9 @@ class PageTable:
             self._check_length(append)
         drops = [self._droppable(a) for a in appends]
         news = [self._new_pages(a) for a in appends]
-        needed = sum(news) + self._copies(appends)
-        freed = self._freed(appends, drops)
+        released = self._released(appends, drops)
+        needed = sum(news) + self._copies(appends, released)
+        freed = sum(self.pool.owners(page) == n for page, n in released.items())
         if needed > self.pool.num_free + freed:
             raise CacheFullError(
                 f"KV cache is full: {sum(append_lengths)} tokens need {needed} more pages of "
@@ -299,17 +300,18 @@ class PageTable:
         """Whether the next token falls into a page that holds earlier ones."""
         return sequence.length % self.page_size != 0
 
-    def _copies(self, appends: list[Append]) -> int:
-        """Pages to copy before they are written; the last of several owners keeps the original."""
-        writers = Counter(a.sequence.pages[-1] for a in appends if self._partly_filled(a.sequence))
-        return sum(min(n, self.pool.owners(page) - 1) for page, n in writers.items())
-
-    def _freed(self, appends: list[Append], drops: list[int]) -> int:
-        """Pages that nobody holds any more once every sequence dropped its share."""
-        released = Counter(
+    def _released(self, appends: list[Append], drops: list[int]) -> Counter[int]:
+        """Page → how many sequences of this forward drop it."""
+        return Counter(
             page for a, n in zip(appends, drops, strict=True) for page in a.sequence.pages[:n]
         )
-        return sum(self.pool.owners(page) == n for page, n in released.items())
+
+    def _copies(self, appends: list[Append], released: Counter[int]) -> int:
+        """Pages to copy before they are written; the last of several owners keeps the original."""
+        writers = Counter(a.sequence.pages[-1] for a in appends if self._partly_filled(a.sequence))
+        return sum(
+            min(n, self.pool.owners(page) - released[page] - 1) for page, n in writers.items()
+        )
 
     def _droppable(self, append: Append) -> int:
         """Pages at the front that no token of this forward, nor of the next few, can see.
