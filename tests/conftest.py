@@ -159,12 +159,13 @@ def compile_kernel(func, isa: Isa):
 @pytest.fixture(scope="session")
 def build_model(tmp_path_factory):
     """build(name, **overrides), each model made once a session."""
-    made: dict[str, TinyModel] = {}
+    made: dict[str, tuple[dict, TinyModel]] = {}
     tmp = tmp_path_factory.mktemp("models")
 
     def get(name: str, **overrides) -> TinyModel:
         if name not in made:
-            made[name] = build(tmp, name, **overrides)
-        return made[name]
+            made[name] = overrides, build(tmp, name, **overrides)
+        assert made[name][0] == overrides, f"two different models are named {name}"
+        return made[name][1]
 
     return get

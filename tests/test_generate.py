@@ -212,7 +212,7 @@ def test_an_interrupted_call_leaves_a_usable_session(model, session, monkeypatch
 def test_sliding_window(build_model):
     """Pages that leave the window are freed, so that going back far means to recompute."""
     window = dict(vocab_size=VOCAB, sliding_window=24)
-    model = on_one_thread(build_model("window", compile_options=SMALL, **window))
+    model = on_one_thread(build_model("generate-window", compile_options=SMALL, **window))
     session, ids = Session(model.compiled), random_ids(CONTEXT)
     expected = model.logits(ids)
     model.check(session.extend(ids[:70]), expected[69])
