@@ -17,7 +17,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -317,8 +317,10 @@ def _replace(path: Path, new: Path) -> None:
         except BaseException:
             (aside / path.name).rename(path)
             raise
+        shutil.rmtree(aside / path.name, ignore_errors=True)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # not empty only if the old artifact could not be put back
+            aside.rmdir()
 
 
 def write_package_files(folder: Path, manifest: Manifest) -> None:
