@@ -13,11 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from phi3c.artifact import Limits
 from phi3c.compiler import compile_library
 from phi3c.config import Phi3Config
+from phi3c.manifest import Limits
+from phi3c.packing import parameter_specs
 from phi3c.quantization.scheme import parse_scheme
 from phi3c.targets import parse_target
+from phi3c.tensor_file import tensor_bytes
 
 
 def main() -> None:
@@ -29,6 +31,7 @@ def main() -> None:
     place, scheme = parse_target(args.target), parse_scheme(args.quantization)
     for path in args.configs:
         config = Phi3Config.from_file(path)
+        specs = parameter_specs(config, scheme, place.kernels)
         limits = Limits(8, min(4096, config.max_position_embeddings), 512)
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "model.so"
@@ -42,19 +45,12 @@ def main() -> None:
                 "functions": len(made.spec.method_names),
                 "seconds": round(seconds, 2),
                 "library_bytes": library.stat().st_size,
-                "parameter_bytes": sum(_nbytes(p) for _, p in made.parameters),
+                "parameter_bytes": sum(tensor_bytes(*spec[1:]) for spec in specs),
                 "cpu": place.mcpu,
                 "cores": os.cpu_count(),
                 "python": platform.python_version(),
             }
         print(json.dumps(result))
-
-
-def _nbytes(parameter) -> int:
-    count = 1
-    for extent in parameter.shape:
-        count *= int(extent)
-    return count * (4 if parameter.dtype == "float32" else 2)
 
 
 if __name__ == "__main__":

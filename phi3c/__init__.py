@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .artifact import Artifact as Artifact
+    from .artifact import ConvertedWeights as ConvertedWeights
     from .compiler import compile as compile
     from .config import Phi3Config as Phi3Config
+    from .converter import convert as convert
     from .runtime.compiled import CompiledPhi3 as CompiledPhi3
     from .runtime.compiled import load as load
     from .runtime.kv_cache import PagedKVCache as PagedKVCache
 
 _HOME = {
     "Artifact": ".artifact",
+    "ConvertedWeights": ".artifact",
     "compile": ".compiler",
+    "convert": ".converter",
     "Phi3Config": ".config",
     "CompiledPhi3": ".runtime.compiled",
     "load": ".runtime.compiled",

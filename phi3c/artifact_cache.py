@@ -17,13 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifact import FORMAT_VERSION, Artifact
+from .artifact import Artifact
 from .errors import ArtifactError
+from .manifest import FORMAT_VERSION
 
 if TYPE_CHECKING:
-    from .compiler import Progress
-
-_CHECKPOINT_FILES = ("*.json", "*.jinja", "*.safetensors")
+    from .converter import Progress
 
 
 def cached_artifact(
@@ -31,7 +30,7 @@ def cached_artifact(
     cache_dir: str | Path,
     *,
     target: str = "cpu",
-    quantization: str = "q0f16",
+    quantization: str = "q4f16_1",
     max_batch_size: int = 8,
     context_length: int | None = None,
     prefill_chunk_size: int = 512,
@@ -43,12 +42,11 @@ def cached_artifact(
     Arguments are those of `phi3c.compile`, whose errors it raises; OSError if cache_dir cannot be
     written.
     """
-    from .source import resolve_source
+    from .sources import resolve_source
     from .targets import parse_target
 
     found = resolve_source(source)
-    path = Path(source).expanduser() if found.folder is None else found.folder
-    path = path.resolve()
+    path = found.path.resolve()
     options = {
         "target": target,
         "quantization": quantization,
@@ -60,7 +58,9 @@ def cached_artifact(
     name = re.sub(r"[^\w.-]", "_", path.stem if path.is_file() else path.name)
     group = Path(cache_dir) / f"{name}-{_hash([str(path), options])}"
     place = parse_target(target)
-    artifact = group / _hash([_files(path), place.mcpu, place.cpu_flags, _versions()])
+    artifact = group / _hash(
+        [_files(found.input_files()), place.mcpu, place.cpu_flags, _versions()]
+    )
     if not _is_whole(artifact):
         _compile(path, artifact, options, progress)
     return artifact
@@ -94,13 +94,9 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _files(source: Path) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of change (ns) of what a compilation reads."""
-    if source.is_file():
-        files = [source]
-    else:
-        files = sorted(file for glob in _CHECKPOINT_FILES for file in source.glob(glob))
-    return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+def _files(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change (ns) of each."""
+    return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
 
 
 def _versions() -> list[str | int]:

@@ -1,4 +1,4 @@
-"""The command line: `phi3c compile | generate | chat | inspect | verify`.
+"""The command line: `phi3c compile | convert | generate | chat | inspect | verify`.
 
 One function per command; each imports what it needs, so that `--help` is fast. Exit codes: 0 done,
 1 failed (disk full, a wrong artifact, a bug), 2 asked for something impossible, 130 interrupted.
@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .errors import ContextLengthError, InputError, Phi3CError
 
 if TYPE_CHECKING:
-    from .compiler import Progress
+    from .converter import Progress
     from .engine.generate import Generation
     from .engine.sampler import SamplingParams
     from .engine.session import Session
@@ -43,6 +45,8 @@ _SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "max_toke
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     verbose = False
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         args = _parser().parse_args(argv)
         verbose = args.verbose
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
         return code
-    except SystemExit as done:  # argparse has shown the help or the version
+    except SystemExit as done:  # argparse has shown the help or the version, or SIGTERM came
         return done.code
     except KeyboardInterrupt:
         return 130
@@ -63,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _print_error(error)
         return 2 if isinstance(error, Phi3CError) and isinstance(error, ValueError) else 1
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C, so that nothing half-written stays."""
+    raise SystemExit(128 + signum)
 
 
 # Commands
@@ -77,7 +86,7 @@ def _compile(args: argparse.Namespace) -> int:
     with _progress(args) as progress:
         artifact = compile(args.source, output=args.output, progress=progress, **options)
     seconds = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in artifact.path.iterdir() if file.is_file())
+    size = _folder_size(artifact.path)
     manifest = artifact.manifest
     if args.json:
         facts = {
@@ -93,6 +102,25 @@ def _compile(args: argparse.Namespace) -> int:
     elif not args.quiet:
         what = f"{manifest.quantization} for {manifest.target.name} ({manifest.target.mcpu})"
         print(f"{artifact.path}: {what}, {human_size(size)} in {seconds:.1f} s")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .converter import convert
+    from .describe import human_size
+
+    start = time.perf_counter()
+    options = _given(args, ("quantization", "target", "seed"))
+    with _progress(args) as progress:
+        converted = convert(args.source, output=args.output, progress=progress, **options)
+    seconds = time.perf_counter() - start
+    size = _folder_size(converted.path)
+    name = converted.manifest.quantization
+    if args.json:
+        facts = {"path": str(converted.path), "quantization": name}
+        print(json.dumps(facts | {"bytes": size, "seconds": seconds}))
+    elif not args.quiet:
+        print(f"{converted.path}: {name}, {human_size(size)} in {seconds:.1f} s")
     return 0
 
 
@@ -160,9 +188,19 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .describe import render_report
-    from .verify import verify
+    from .describe import human_size, render_report
+    from .verify import check_integrity, verify
 
+    if args.against is None and not args.integrity:
+        raise InputError("verify: found neither --against nor --integrity; accepted: one or both")
+    if args.integrity:
+        summed = check_integrity(Path(args.artifact).expanduser())
+        if args.against is None or not args.json:
+            text = f"{summed.path}: every file is what was written: {summed.files} files, "
+            text += human_size(summed.bytes)
+            print(json.dumps(asdict(summed)) if args.json else text)
+    if args.against is None:
+        return 0
     with _progress(args) as progress:
         report = verify(
             Path(args.artifact).expanduser(),
@@ -175,22 +213,26 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _folder_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
 # What generate and chat share
 
 
 def _model_folder(args: argparse.Namespace) -> Path:
     """The artifact, or the checkpoint that is to be compiled: either has the tokenizer."""
-    from .source import resolve_source
+    from .sources import CheckpointFolder, ConfigFile, resolve_source
 
     path = Path(args.model).expanduser()
     if not _is_artifact(path):
-        folder = resolve_source(args.model).folder
-        if folder is None:
+        source = resolve_source(args.model)
+        if isinstance(source, ConfigFile):
             raise InputError(
                 f"{path}: a config has no tokenizer; accepted: an artifact, a checkpoint folder, "
-                "or a repo id"
+                "a .gguf file, or a repo id"
             )
-        return folder
+        return source.path if isinstance(source, CheckpointFolder) else _compiled(args, path)
     if given := _given(args, _COMPILE_OPTIONS):
         option = "--" + next(iter(given)).replace("_", "-")
         raise InputError(f"{option}: {path} is compiled already; accepted: with a checkpoint")
@@ -199,17 +241,23 @@ def _model_folder(args: argparse.Namespace) -> Path:
 
 def _session(args: argparse.Namespace, folder: Path) -> Session:
     """Loads the artifact in `folder`, or the one that its checkpoint is compiled to."""
-    from .artifact_cache import cached_artifact
     from .engine.session import Session
     from .runtime.compiled import load
     from .runtime.threads import check_threads
 
     threads = check_threads(args.threads)
     if not _is_artifact(folder):
-        options = _given(args, _COMPILE_OPTIONS)
-        with _progress(args) as progress:
-            folder = cached_artifact(folder, _cache_dir(args), progress=progress, **options)
+        folder = _compiled(args, folder)
     return Session(load(folder, threads=threads))
+
+
+def _compiled(args: argparse.Namespace, source: Path) -> Path:
+    """The artifact of a checkpoint in the cache, compiled now if it is not there."""
+    from .artifact_cache import cached_artifact
+
+    options = _given(args, _COMPILE_OPTIONS)
+    with _progress(args) as progress:
+        return cached_artifact(source, _cache_dir(args), progress=progress, **options)
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -311,7 +359,8 @@ def _progress(args: argparse.Namespace) -> Iterator[Progress | None]:
 
     def report(stage: str, done: int, total: int) -> None:
         if stage not in bars:
-            bars[stage] = tqdm(desc=stage, total=total, file=sys.stderr)
+            unit = {"unit": "B", "unit_scale": True} if stage == "weights" else {}
+            bars[stage] = tqdm(desc=stage, total=total, file=sys.stderr, **unit)
         bars[stage].update(done - bars[stage].n)
         if done == total:
             bars[stage].close()
@@ -362,9 +411,20 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     made = command("compile", _compile, "compile a checkpoint into an artifact folder")
-    made.add_argument("source", help="checkpoint folder, repo id, or config .json (random weights)")
+    made.add_argument(
+        "source",
+        help="checkpoint folder, .gguf file, repo id, config .json (random weights), or what "
+        "`convert` made",
+    )
     made.add_argument("-o", "--output", required=True, metavar="DIR")
     _add_compile_options(made)
+    made.add_argument("--seed", type=int, help="of random weights (0)")
+
+    made = command("convert", _convert, "convert weights alone, to compile from later")
+    made.add_argument("source", help="checkpoint folder, .gguf file, repo id, or config .json")
+    made.add_argument("-o", "--output", required=True, metavar="DIR")
+    made.add_argument("--quantization", metavar="SCHEME", help="weight scheme (q4f16_1)")
+    made.add_argument("--target", help="whose kernels will read them (cpu)")
     made.add_argument("--seed", type=int, help="of random weights (0)")
 
     made = command("generate", _generate, "answer one prompt")
@@ -381,9 +441,14 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("artifact", help="artifact folder")
     made.add_argument("--max-total-seq-len", type=int, metavar="N", help="KV bytes for N tokens")
 
-    made = command("verify", _verify, "compare an artifact with its checkpoint at every boundary")
-    made.add_argument("artifact", help="artifact folder")
-    made.add_argument("--against", required=True, metavar="CHECKPOINT", help="folder or repo id")
+    made = command("verify", _verify, "compare an artifact with its checkpoint, or its files")
+    made.add_argument("artifact", help="artifact folder (or converted weights, with --integrity)")
+    made.add_argument(
+        "--against", metavar="CHECKPOINT", help="its logits at every boundary: a folder or repo id"
+    )
+    made.add_argument(
+        "--integrity", action="store_true", help="every file is what was written (sha256)"
+    )
     made.add_argument("--oracle", help="transformers or numpy (transformers if installed)")
     made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
     return parser
@@ -392,7 +457,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("compilation (defaults in brackets)")
     group.add_argument("--target", help="cpu or cpu:<mcpu> (cpu, this machine's)")
-    group.add_argument("--quantization", metavar="SCHEME", help="weight scheme (q0f16)")
+    group.add_argument("--quantization", metavar="SCHEME", help="weight scheme (q4f16_1)")
     group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (8)")
     group.add_argument("--context-length", type=int, metavar="N", help="tokens (at most 4096)")
     group.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens (512)")

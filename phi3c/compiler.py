@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tvm
@@ -14,42 +13,26 @@ from tvm import relax
 from tvm.relax.frontend import nn
 from tvm.support.cc import get_cc
 
-from .artifact import (
-    COPIED_FILES,
-    LIBRARY,
-    PARAMETERS,
-    Artifact,
-    FunctionInfo,
-    KVLayout,
-    Limits,
-    Manifest,
-    TargetInfo,
-    TensorSpec,
-    check_output,
-    file_sha256,
-    new_artifact,
-    write_package_files,
-)
+from .artifact import LIBRARY, Artifact, file_sha256, write_manifest
 from .config import Phi3Config
-from .errors import CheckpointError, ConfigError, TargetError
+from .converter import Progress, weights_work
+from .errors import ConfigError, TargetError
+from .manifest import FunctionInfo, KVLayout, Limits, Manifest, TargetInfo, TensorSpec
 from .model.phi3 import Phi3ForCausalLM
-from .packing import check_scheme, packed_parameters
+from .output_folder import new_folder
 from .passes.workspace import workspace_bytes
 from .pipeline import apply, finalize_passes, plan_passes
 from .quantization.scheme import Scheme, parse_scheme
-from .source import resolve_source
+from .sources import resolve_source
 from .targets import Target, parse_target
-from .tensor_file import TensorInfo, write_tensors
-from .weights import Checkpoint, RandomWeights
 
 DEFAULT_CONTEXT_LENGTH = 4096
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 def compile(
     source: str | Path,
     target: str = "cpu",
-    quantization: str = "q0f16",
+    quantization: str = "q4f16_1",
     output: str | Path = "dist/model",
     max_batch_size: int = 8,
     context_length: int | None = None,
@@ -62,7 +45,8 @@ def compile(
 ) -> Artifact:
     """Compiles a checkpoint into an artifact folder and returns it.
 
-    source: checkpoint folder, config JSON (random weights from `seed`), or Hugging Face repo id.
+    source: checkpoint folder, .gguf file, config JSON (random weights from `seed`), Hugging Face
+    repo id, or a folder of `convert`.
     target: `cpu` (this machine's) or `cpu:<mcpu>`. quantization: a scheme's name.
     output: new or empty folder, or an artifact to replace. max_batch_size: sequences in a forward;
     prefill_chunk_size: new tokens in a forward; context_length: tokens in a sequence, by default
@@ -76,35 +60,17 @@ def compile(
     output = Path(output)
     scheme = parse_scheme(quantization)
     place = parse_target(target)
-    found = resolve_source(source)
+    found = resolve_source(source, seed)
     limits = _limits(found.config, max_batch_size, context_length, prefill_chunk_size)
     if max_loras:
         raise ConfigError(f"max_loras: found {max_loras}; accepted: 0 (no adapters yet)")
-    check_scheme(found.config, scheme)
-    check_output(output)
-    weights = (
-        RandomWeights(found.config, seed)
-        if found.folder is None
-        else Checkpoint(found.folder, found.config)
-    )
-    with new_artifact(output) as folder:
+    work = weights_work(found, scheme, place.kernels, output)
+    with new_folder(output) as folder:
         report("lower", 0, 1)
         library = compile_library(found.config, scheme, place, limits, folder / LIBRARY)
         report("lower", 1, 1)
-        infos = write_tensors(
-            folder / PARAMETERS,
-            [(name, tuple(int(x) for x in p.shape), p.dtype) for name, p in library.parameters],
-            packed_parameters(
-                library.parameters,
-                weights.tensor,
-                place.kernels,
-                scheme,
-                lambda done, total: report("weights", done, total),
-            ),
-        )
-        files = _copy_files(found.folder, folder)
-        manifest = _manifest(library, scheme, place, limits, infos, folder, files)
-        write_package_files(folder, manifest)
+        weights = work.write(folder, report)
+        write_manifest(folder, _manifest(library, place, limits, folder, weights))
     return Artifact.open(output)
 
 
@@ -126,11 +92,10 @@ def _limits(
 
 @dataclass(frozen=True)
 class Library:
-    """What `compile_library` made. parameters: name → Relax parameter, in the library's order."""
+    """What `compile_library` made."""
 
     model: Phi3ForCausalLM
     spec: nn.spec.ModuleSpec
-    parameters: list[tuple[str, nn.Parameter]]
     workspace: dict[str, int]
 
 
@@ -145,7 +110,7 @@ def compile_library(
         )
     model = Phi3ForCausalLM(config, scheme, place.kernels)
     spec = model.get_default_spec()
-    mod, parameters = model.export_tvm(spec)
+    mod, _ = model.export_tvm(spec)  # parameters in the order of `parameter_specs`
     bounds = {
         "n": limits.prefill_chunk_size,
         "b": limits.max_batch_size,
@@ -157,37 +122,19 @@ def compile_library(
         mod = apply(finalize_passes(), mod)
     executable = relax.build(mod, target=place.tvm_target, relax_pipeline=None)
     executable.export_library(str(path))
-    return Library(model, spec, parameters, workspace)
-
-
-def _copy_files(source: Path | None, folder: Path) -> tuple[str, ...]:
-    if source is None:
-        return ()
-    copied = [name for name in COPIED_FILES if (source / name).is_file()]
-    for name in copied:
-        try:
-            shutil.copyfile(source / name, folder / name)
-        except PermissionError as err:
-            raise CheckpointError(f"{source / name}: cannot be read ({err.strerror})") from None
-    return tuple(copied)
+    return Library(model, spec, workspace)
 
 
 def _manifest(
-    library: Library,
-    scheme: Scheme,
-    place: Target,
-    limits: Limits,
-    infos: list[TensorInfo],
-    folder: Path,
-    files: tuple[str, ...],
+    library: Library, place: Target, limits: Limits, folder: Path, weights: dict[str, Any]
 ) -> Manifest:
+    """weights: the fields of a WeightsManifest."""
     config, spec = library.model.config, library.spec
     page = library.model.page_spec()[0]
     block_tokens = place.kernels.kv_block
     token_values = int(np.prod(page.shape[1:])) // block_tokens * config.num_hidden_layers
     return Manifest(
-        config=config,
-        quantization=scheme.name,
+        **weights,
         target=TargetInfo(place.name, place.mcpu, place.mtriple, place.cpu_flags),
         limits=limits,
         kv_layout=KVLayout(
@@ -201,10 +148,7 @@ def _manifest(
             name: _function(method, library.workspace[name])
             for name, method in zip(spec.method_names, spec.method_specs, strict=True)
         },
-        parameters=tuple(infos),
         library_sha256=file_sha256(folder / LIBRARY),
-        parameters_sha256=file_sha256(folder / PARAMETERS),
-        files=files,
         versions={
             "phi3c": metadata.version("phi3c"),
             "tvm": tvm.__version__,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .artifact import Artifact
+from .memory import memory
 from .weights import checkpoint_shapes
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def artifact_facts(artifact: Artifact, max_total_seq_len: int) -> dict[str, Any]
     config, kv = manifest.config.to_dict(), manifest.kv_layout
     rope = config.pop("rope_scaling")
     config["rope_type"] = "default" if rope is None else rope["rope_type"]
-    blocks = -(-max_total_seq_len // kv.block_tokens)
+    needed = memory(manifest, max_total_seq_len)
     return {
         "path": str(artifact.path),
         "model": config,
@@ -35,8 +36,9 @@ def artifact_facts(artifact: Artifact, max_total_seq_len: int) -> dict[str, Any]
             "dtype": kv.dtype,
             "bytes_per_token": kv.bytes_per_token,
             "max_total_seq_len": max_total_seq_len,
-            "bytes": blocks * kv.block_tokens * kv.bytes_per_token,
+            "bytes": needed.kv_cache,
         },
+        "memory": asdict(needed) | {"total": needed.total},
         "functions": {name: asdict(info) for name, info in manifest.functions.items()},
         "versions": manifest.versions,
         "files": {
@@ -77,6 +79,10 @@ def render(facts: dict[str, Any]) -> str:
             "KV cache",
             f"{kv['dtype']}, {human_size(kv['bytes_per_token'])} a token, "
             f"{human_size(kv['bytes'])} for {kv['max_total_seq_len']} tokens",
+        ),
+        (
+            "memory",
+            ", ".join(f"{name} {human_size(size)}" for name, size in facts["memory"].items()),
         ),
         ("versions", ", ".join(f"{name} {value}" for name, value in facts["versions"].items())),
         ("files", ", ".join(f"{name} {human_size(size)}" for name, size in facts["files"].items())),

@@ -34,6 +34,10 @@ class InputError(Phi3CError, ValueError):
     """A caller's input is malformed: bad token ids, an empty prompt, a wrong shape."""
 
 
+class OutOfMemoryError(Phi3CError, MemoryError):
+    """The machine has not the memory that an artifact or a KV cache would take."""
+
+
 class CacheFullError(Phi3CError, RuntimeError):
     """The KV cache has no free page left for the tokens of this forward."""
 

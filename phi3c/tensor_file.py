@@ -20,7 +20,13 @@ from .errors import ArtifactError
 
 ALIGNMENT = 64
 _PAD = "_pad."
-_TO_NUMPY = {"F32": "float32", "F16": "float16", "U8": "uint8", "U32": "uint32"}
+_TO_NUMPY = {
+    "F32": "float32",
+    "F16": "float16",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+}
 _FROM_NUMPY = {v: k for k, v in _TO_NUMPY.items()}
 
 
@@ -32,6 +38,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     sha256: str
+
+
+def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Size of a tensor's data."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def write_tensors(
@@ -46,7 +57,7 @@ def write_tensors(
     header: dict[str, dict] = {}
     offset = 0
     for name, shape, dtype in specs:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = tensor_bytes(shape, dtype)
         header[name] = {
             "dtype": _FROM_NUMPY[dtype],
             "shape": list(shape),
@@ -120,7 +131,7 @@ def _misfit(entry: object, start: int, offset: int) -> str | None:
         return f"dtype: found {dtype!r}; accepted: {', '.join(_TO_NUMPY)}"
     if not isinstance(shape, list) or not all(type(x) is int and x >= 0 for x in shape):
         return f"shape: found {shape!r}; accepted: a list of sizes"
-    size = math.prod(shape) * np.dtype(_TO_NUMPY[dtype]).itemsize
+    size = tensor_bytes(shape, _TO_NUMPY[dtype])
     if offsets != [offset, offset + size]:
         return f"data_offsets: found {offsets!r}; accepted: {[offset, offset + size]}"
     if dtype != "U8" and (start + offset) % ALIGNMENT:

@@ -1,30 +1,30 @@
-"""Compares an artifact with its checkpoint at every length where decoders go wrong.
+"""Is an artifact what it should be: its files (sha256), and its logits against its checkpoint.
 
-For each boundary of the artifact (a page, a prefill chunk, the sliding window, LongRoPE's original
-context, the end of the context) it decodes greedily across it, and prefills across it in whole
-chunks and in chunks of 7; the oracle then computes every step of the same tokens without a cache,
-in float32 with the weights as the artifact's scheme rounds them. What the rounding itself costs is
-another question.
+The logits are compared at every length where decoders go wrong. For each boundary of the artifact
+(a page, a prefill chunk, the sliding window, LongRoPE's original context, the end of the context)
+it decodes greedily across it, and prefills across it in whole chunks and in chunks of 7; the oracle
+then computes every step of the same tokens without a cache, in float32 with the weights as the
+artifact's scheme rounds them. What the rounding itself costs is another question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from .artifact import Artifact
+from .artifact import MANIFEST, WEIGHTS_MANIFEST, Artifact, ConvertedWeights
 from .config import Phi3Config
 from .engine.session import Session
 from .errors import CheckpointError, InputError
 from .quantization.scheme import Scheme, parse_scheme
 from .reference import reference_logits
 from .runtime.compiled import load
-from .source import resolve_source
-from .weights import Checkpoint
+from .sources import CheckpointFolder, ConfigFile, Source, resolve_source
 
 REACH = 4  # tokens on either side of a boundary
 SMALL_CHUNK = 7
@@ -65,6 +65,24 @@ class Report:
         return all(check.ok for check in self.checks)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """A folder whose files were found to be what was written."""
+
+    path: str
+    files: int
+    bytes: int
+
+
+def check_integrity(path: Path) -> Sums:
+    """Reads every file of an artifact or of converted weights. Raises ArtifactError."""
+    is_weights = (path / WEIGHTS_MANIFEST).is_file() and not (path / MANIFEST).is_file()
+    found = ConvertedWeights.open(path) if is_weights else Artifact.open(path)
+    found.check_integrity()
+    files = [file for file in found.path.iterdir() if file.is_file()]
+    return Sums(str(path), len(files), sum(file.stat().st_size for file in files))
+
+
 def verify(
     path: str | Path,
     against: str | Path,
@@ -80,7 +98,7 @@ def verify(
     """
     artifact = Artifact.open(path)
     source = resolve_source(against)
-    if source.folder is None:
+    if isinstance(source, ConfigFile):
         raise CheckpointError(f"{against}: a config without weights; accepted: a checkpoint")
     config = artifact.manifest.config
     if source.config != config:
@@ -88,7 +106,7 @@ def verify(
             f"{against}: its config is not the artifact's: {_difference(source.config, config)}"
         )
     scheme = parse_scheme(artifact.manifest.quantization)
-    name, logits = _oracle(oracle, source.folder, config, scheme)
+    name, logits = _oracle(oracle, source, scheme)
     tolerance = scheme.tolerance
     session = Session(load(path, threads=threads))
     rng = np.random.default_rng(seed)
@@ -174,44 +192,47 @@ def _compare(
     )
 
 
-def _oracle(
-    name: str | None, folder: Path, config: Phi3Config, scheme: Scheme
-) -> tuple[str, Oracle]:
+def _oracle(name: str | None, source: Source, scheme: Scheme) -> tuple[str, Oracle]:
     if name is None:
         installed = find_spec("torch") and find_spec("transformers")
         name = "transformers" if installed else "numpy"
     if name == "transformers":
-        return name, _transformers_oracle(folder, config, scheme)
+        return name, _transformers_oracle(source, scheme)
     if name == "numpy":
-        checkpoint = Checkpoint(folder, config)
-
-        def weights(tensor: str) -> np.ndarray:
-            return scheme.rounded(checkpoint.tensor(tensor))
-
-        return name, lambda ids, first: reference_logits(config, weights, ids)[first:]
+        rounded = _rounded(source, scheme)
+        return name, lambda ids, first: reference_logits(source.config, rounded, ids)[first:]
     raise InputError(f"oracle: found {name!r}; accepted: {', '.join(ORACLES)}")
 
 
-def _transformers_oracle(folder: Path, config: Phi3Config, scheme: Scheme) -> Oracle:
+def _rounded(source: Source, scheme: Scheme) -> Callable[[str], np.ndarray]:
+    """Hugging Face name → the tensor as the scheme rounds it, float32."""
+    weights = source.weights()
+
+    def tensor(name: str) -> np.ndarray:
+        return scheme.rounded(name, weights.rows(name, 0, weights.shapes[name][0]))
+
+    return tensor
+
+
+def _transformers_oracle(source: Source, scheme: Scheme) -> Oracle:
     import torch
     import transformers
 
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = transformers.Phi3ForCausalLM.from_pretrained(
-        folder,
+    with _quiet(transformers), torch.no_grad():
         # Not the file's own form: transformers does not read every form that checkpoints use.
-        config=transformers.Phi3Config(**config.to_dict()),
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-    ).eval()
-    logging.enable_progress_bar()
-    logging.set_verbosity(verbosity)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.from_numpy(scheme.rounded(parameter.numpy())))
+        config = transformers.Phi3Config(**source.config.to_dict())
+        if isinstance(source, CheckpointFolder):  # by its own reader
+            model = transformers.Phi3ForCausalLM.from_pretrained(
+                source.path, config=config, dtype=torch.float32, attn_implementation="sdpa"
+            )
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.from_numpy(scheme.rounded(name, parameter.numpy())))
+        else:
+            model = transformers.Phi3ForCausalLM(config)
+            rounded = _rounded(source, scheme)
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.from_numpy(rounded(name)))
+    model.eval()
 
     @torch.no_grad()
     def logits(ids: list[int], first: int) -> np.ndarray:
@@ -219,6 +240,20 @@ def _transformers_oracle(folder: Path, config: Phi3Config, scheme: Scheme) -> Or
         return model(torch.tensor([ids]), logits_to_keep=keep, use_cache=False).logits[0].numpy()
 
     return logits
+
+
+@contextmanager
+def _quiet(transformers) -> Iterator[None]:
+    """No warnings and bars of its loader."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
 
 
 def _difference(a: Phi3Config, b: Phi3Config) -> str:

@@ -1,4 +1,4 @@
-"""Hugging Face weights: (name, array) streamed out of safetensors files, one tensor at a time.
+"""Weights by their Hugging Face names, read some rows of one tensor at a time.
 
 Names, shapes and files are checked against the config before any tensor is read: a checkpoint with
 a tensor missing, left over, twice, or of another shape is refused.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from .config import Phi3Config
 from .errors import CheckpointError
+from .quantization.group import GroupedRows
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
@@ -42,19 +44,37 @@ def checkpoint_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class Checkpoint:
+class Weights(ABC):
+    """Tensors of a model, by Hugging Face name. Safe to use from several threads."""
+
+    def __init__(self, config: Phi3Config):
+        self.shapes = checkpoint_shapes(config)
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray | GroupedRows:
+        """Rows start … stop−1 (elements of a vector), all finite. Raises CheckpointError.
+
+        float32, float16 or bfloat16 (ml_dtypes); GroupedRows where the source is quantized.
+        """
+
+    def tensor(self, name: str) -> np.ndarray:
+        """All rows, as float."""
+        rows = self.rows(name, 0, self.shapes[name][0])
+        return rows.values() if isinstance(rows, GroupedRows) else rows
+
+
+class Checkpoint(Weights):
     """A folder's safetensors, checked against a config. Raises CheckpointError."""
 
     def __init__(self, folder: Path, config: Phi3Config):
+        super().__init__(config)
         self.folder = folder
-        self._shapes = checkpoint_shapes(config)
         self._file_of = self._scan(config)
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The tensor as float32, float16 or bfloat16 (ml_dtypes), all values finite."""
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         path = self._file_of[name]
         with _open(path) as file:
-            array = file.get_tensor(name)
+            array = file.get_slice(name)[start:stop]
         if not np.isfinite(array).all():
             raise CheckpointError(f"{path}: {name}: found NaN or infinite values")
         return array
@@ -74,7 +94,7 @@ class Checkpoint:
                         raise CheckpointError(f"{name}: found in {file_of[name]} and in {path}")
                     self._check(name, file.get_slice(name), path)
                     file_of[name] = path
-        if missing := [name for name in self._shapes if name not in file_of]:
+        if missing := [name for name in self.shapes if name not in file_of]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"{self.folder}: missing tensor {missing[0]}{more}")
         if tied_head is not None:
@@ -82,13 +102,13 @@ class Checkpoint:
         return file_of
 
     def _check(self, name: str, view, path: Path) -> None:
-        if name not in self._shapes:
+        if name not in self.shapes:
             raise CheckpointError(f"{path}: {name}: not a tensor of this config's model")
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
-        if shape != self._shapes[name]:
+        if shape != self.shapes[name]:
             raise CheckpointError(
                 f"{path}: {name}: found shape {list(shape)}; accepted: "
-                f"{list(self._shapes[name])}, from config.json"
+                f"{list(self.shapes[name])}, from config.json"
             )
         if dtype not in _DTYPES:
             raise CheckpointError(
@@ -107,21 +127,29 @@ class Checkpoint:
             )
 
 
-class RandomWeights:
+class RandomWeights(Weights):
     """Weights drawn from a seed, for compiling from a config alone (speed and shape checks)."""
 
+    _BLOCK = 512  # rows that are drawn together
+
     def __init__(self, config: Phi3Config, seed: int):
-        self._shapes = checkpoint_shapes(config)
+        super().__init__(config)
         self._seed = seed
 
-    def tensor(self, name: str) -> np.ndarray:
-        """float32; a tensor depends on its name and the seed alone."""
-        rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
-        array = rng.standard_normal(self._shapes[name], dtype=np.float32)
-        array *= 0.02
-        if len(array.shape) == 1:
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """float32; a value depends on the seed, the tensor's name and its place alone."""
+        size, first = self._BLOCK, start // self._BLOCK
+        blocks = [self._block(name, i) for i in range(first, -(-stop // size))]
+        array = np.concatenate(blocks)[start - first * size : stop - first * size]
+        if array.ndim == 1:
             array += 1  # norm weights
         return array
+
+    def _block(self, name: str, index: int) -> np.ndarray:
+        rows, *features = self.shapes[name]
+        rows = min(self._BLOCK, rows - index * self._BLOCK)
+        rng = np.random.default_rng([self._seed, zlib.crc32(name.encode()), index])
+        return rng.standard_normal((rows, *features), dtype=np.float32) * np.float32(0.02)
 
 
 def _open(path: Path):

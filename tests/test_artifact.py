@@ -21,16 +21,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import phi3c
-from phi3c.artifact import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Artifact,
-    Manifest,
-    check_output,
-    file_sha256,
-    new_artifact,
-)
+from phi3c.artifact import MANIFEST, Artifact, file_sha256
 from phi3c.errors import ArtifactError
+from phi3c.manifest import FORMAT_VERSION, SUM, Manifest, contents_sha256
+from phi3c.output_folder import check_output, new_folder
 from phi3c.tensor_file import ALIGNMENT, map_tensors, write_tensors
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.json"
@@ -62,9 +56,15 @@ def artifact(twice, tmp_path) -> Artifact:
 
 
 def edit_manifest(folder: Path, **changes) -> None:
-    """Replaces top-level entries of the manifest."""
+    """Replaces top-level entries of the manifest, its sum as well."""
     file = folder / MANIFEST
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(signed(json.loads(file.read_text()) | changes))
+
+
+def signed(entries: dict) -> str:
+    """The manifest with these entries, and the sum that they have."""
+    body = {key: value for key, value in entries.items() if key != SUM}
+    return json.dumps(body | {SUM: contents_sha256(body)})
 
 
 def flip_byte(path: Path, index: int) -> None:
@@ -217,7 +217,7 @@ def test_the_manifest_reads_back(twice):
 def test_a_missing_folder_or_manifest_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="no such folder"):
         Artifact.open(tmp_path / "none")
-    with pytest.raises(ArtifactError, match=f"not an artifact: it has no {MANIFEST}"):
+    with pytest.raises(ArtifactError, match=f"not a compiled artifact: it has no {MANIFEST}"):
         Artifact.open(tmp_path)
     (tmp_path / MANIFEST).mkdir()
     with pytest.raises(ArtifactError, match="cannot be read"):
@@ -233,9 +233,12 @@ def test_a_missing_folder_or_manifest_is_refused(tmp_path):
         ("3", "not the manifest of a phi3c artifact"),
         ("{}", "not the manifest of a phi3c artifact"),
         ('{"manifest_version": 3, "name": "x"}', "not the manifest of a phi3c artifact"),
-        ('{"format": "phi3c"}', "format_version: found None; accepted: 1"),
-        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 1. Compile"),
-        ('{"format": "phi3c", "format_version": 1}', "broken manifest"),
+        ('{"format": "phi3c"}', "format_version: found None; accepted: 2"),
+        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 2. Make it again"),
+        ('{"format": "phi3c", "format_version": 1}', "found 1; accepted: 2. Make it again"),
+        ('{"format": "phi3c", "format_version": 2}', "edited by hand or damaged"),
+        (signed({"format": "phi3c", "format_version": 2}), "broken manifest"),
+        (signed({"format": "phi3c-weights", "format_version": 2}), "not the manifest of a phi3c"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path, text, message):
@@ -268,10 +271,22 @@ def test_a_manifest_without_any_of_its_fields_is_refused(twice):
             place = place[key]
         for field in list(place):
             value = place.pop(field)
-            with pytest.raises(ArtifactError):
-                Manifest.from_json(json.dumps(whole), Path("m"))
+            for text in [json.dumps(whole)] + [signed(whole)] * (field != SUM):
+                with pytest.raises(ArtifactError):
+                    Manifest.from_json(text, Path("m"))
             place[field] = value
     assert Manifest.from_json(json.dumps(whole), Path("m")) == twice[0].manifest
+
+
+@pytest.mark.parametrize("field", ["limits", "kv_layout", "functions", "versions"])
+def test_a_manifest_edited_by_hand_is_refused(artifact, field):
+    file = artifact.path / MANIFEST
+    body = json.loads(file.read_text())
+    key, value = next(iter(body[field].items()))
+    body[field][key] = 4096 if isinstance(value, int) else None
+    file.write_text(json.dumps(body))
+    with pytest.raises(ArtifactError, match="edited by hand or damaged"):
+        Artifact.open(artifact.path)
 
 
 def test_a_manifest_with_a_config_that_is_not_ours_is_refused(artifact):
@@ -295,16 +310,16 @@ def test_a_manifest_with_anything_in_a_field_is_read_or_refused(twice, data):
     field = data.draw(st.sampled_from(list(whole)))
     whole[field] = data.draw(JSON)
     try:
-        Manifest.from_json(json.dumps(whole), Path("m"))
+        Manifest.from_json(signed(whole), Path("m"))
     except ArtifactError as error:
         assert str(error).startswith("m: ")
 
 
 @pytest.mark.parametrize(
-    "name", ["../config.json", "/etc/passwd", "sub/tokenizer.json", "..", ".", "", 3]
+    "name", ["../config.json", "/etc/passwd", "sub/tokenizer.json", "..", ".", ""]
 )
 def test_a_manifests_files_cannot_leave_the_folder(artifact, name):
-    edit_manifest(artifact.path, files=["config.json", name])
+    edit_manifest(artifact.path, files={"config.json": "", name: ""})
     with pytest.raises(ArtifactError, match="files"):
         Artifact.open(artifact.path)
 
@@ -395,7 +410,7 @@ class Block(importlib.abc.MetaPathFinder):
         package, _, rest = name.partition(".")
         unit = rest.partition(".")[0]
         if package == "phi3c" and unit not in {
-            "", "artifact", "config", "errors", "tensor_file", "runtime"
+            "", "artifact", "config", "errors", "manifest", "memory", "tensor_file", "runtime"
         }:
             raise ImportError(f"{name} is blocked")
 
@@ -483,7 +498,7 @@ def test_other_things_are_never_replaced(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_nothing(tmp_path, error):
     with pytest.raises(error):
-        with new_artifact(tmp_path / "out") as folder:
+        with new_folder(tmp_path / "out") as folder:
             (folder / "model.so").write_text("half of it")
             raise error
     assert list(tmp_path.iterdir()) == []
@@ -491,7 +506,7 @@ def test_a_failure_leaves_nothing(tmp_path, error):
 
 def test_a_success_appears_whole_and_is_readable_by_others(tmp_path):
     output = tmp_path / "deep" / "out"
-    with new_artifact(output) as folder:
+    with new_folder(output) as folder:
         (folder / "a").write_text("x")
         assert not output.exists()
     assert (output / "a").read_text() == "x"
@@ -502,7 +517,7 @@ def test_a_success_appears_whole_and_is_readable_by_others(tmp_path):
 def test_an_old_artifact_survives_a_failed_replacement(artifact):
     before = {p.name: p.read_bytes() for p in artifact.path.iterdir()}
     with pytest.raises(RuntimeError):
-        with new_artifact(artifact.path) as folder:
+        with new_folder(artifact.path) as folder:
             (folder / MANIFEST).write_text("new")
             raise RuntimeError
     assert {p.name: p.read_bytes() for p in artifact.path.iterdir()} == before
@@ -519,14 +534,14 @@ def test_an_old_artifact_survives_when_the_new_one_cannot_be_moved(artifact, mon
 
     monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
     with pytest.raises(OSError, match="disk trouble"):
-        with new_artifact(artifact.path) as folder:
+        with new_folder(artifact.path) as folder:
             (folder / "new").touch()
     Artifact.open(artifact.path).check_library()
     assert [p.name for p in artifact.path.parent.iterdir()] == [artifact.path.name]
 
 
 def test_a_success_replaces_the_old_artifact_whole(artifact):
-    with new_artifact(artifact.path) as folder:
+    with new_folder(artifact.path) as folder:
         (folder / "only").touch()
         artifact.check_library()  # the old one still works meanwhile
     assert [p.name for p in artifact.path.iterdir()] == ["only"]
@@ -536,7 +551,7 @@ def test_a_success_replaces_the_old_artifact_whole(artifact):
 def test_an_empty_folder_becomes_the_artifact(tmp_path):
     output = tmp_path / "empty"
     output.mkdir()
-    with new_artifact(output) as folder:
+    with new_folder(output) as folder:
         (folder / "a").touch()
     assert [p.name for p in output.iterdir()] == ["a"]
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
@@ -545,6 +560,6 @@ def test_an_empty_folder_becomes_the_artifact(tmp_path):
 def test_something_else_at_the_output_stops_the_work_before_it_starts(tmp_path):
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ArtifactError):
-        with new_artifact(tmp_path):
+        with new_folder(tmp_path):
             raise AssertionError("entered")
     assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]

@@ -21,8 +21,9 @@ COMPILE_WING = {
     "pipeline",
     "targets",
     "weights",
-    "source",
+    "sources",
     "packing",
+    "converter",
     "compiler",
 }
 SERVE_WING = {"runtime", "engine", "serve"}
@@ -33,7 +34,10 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "tensor_file": {"errors"},
-    "artifact": {"config", "errors", "tensor_file"},
+    "manifest": {"config", "errors", "tensor_file"},
+    "artifact": {"errors", "manifest", "tensor_file"},
+    "output_folder": {"artifact", "errors", "manifest"},
+    "memory": {"manifest", "tensor_file"},
     # compile wing
     "kernels": set(),
     "quantization": {"kernels", "errors"},
@@ -41,24 +45,28 @@ MAY_IMPORT = {
     "passes": set(),
     "pipeline": {"passes"},
     "targets": {"kernels", "errors"},
-    "weights": {"config", "errors"},
-    "source": {"config", "errors"},
-    "packing": {"config", "errors", "kernels", "quantization", "weights"},
-    "compiler": COMPILE_WING | {"config", "errors", "artifact", "tensor_file"},
+    "weights": {"config", "errors", "quantization"},
+    "sources": {"artifact", "config", "errors", "manifest", "quantization", "weights"},
+    "packing": {"config", "errors", "kernels", "model", "quantization", "tensor_file", "weights"},
+    "converter": {"artifact", "errors", "kernels", "manifest", "output_folder", "packing"}
+    | {"quantization", "sources", "targets", "tensor_file"},
+    "compiler": {"artifact", "config", "converter", "errors", "manifest", "model", "output_folder"}
+    | {"passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
-    "runtime": {"config", "errors", "artifact"},
+    "runtime": {"artifact", "config", "errors", "manifest", "memory"},
     "engine": {"runtime", "config", "errors", "artifact"},
     "serve": {"engine", "runtime", "config", "errors", "artifact"},
     # above both wings
-    "": {"config", "artifact", "compiler", "runtime"},
+    "": {"config", "artifact", "compiler", "converter", "runtime"},
     "reference": {"config", "errors"},
-    "artifact_cache": {"artifact", "compiler", "config", "errors", "source", "targets"},
+    "artifact_cache": {"artifact", "compiler", "converter", "errors", "manifest", "sources"}
+    | {"targets"},
     "verify": {"artifact", "config", "engine", "errors", "quantization", "reference", "runtime"}
-    | {"source", "weights"},
-    "describe": {"artifact", "config", "engine", "errors", "verify", "weights"},
-    "bench": {"artifact", "config", "engine", "errors", "runtime", "source"},
-    "cli": {"", "artifact", "artifact_cache", "bench", "compiler", "config", "describe", "engine"}
-    | {"errors", "runtime", "serve", "source", "targets", "verify"},
+    | {"sources"},
+    "describe": {"artifact", "config", "engine", "errors", "memory", "verify", "weights"},
+    "bench": {"artifact", "config", "engine", "errors", "runtime", "sources"},
+    "cli": {"", "artifact", "artifact_cache", "bench", "compiler", "config", "converter"}
+    | {"describe", "engine", "errors", "runtime", "serve", "sources", "targets", "verify"},
     "__main__": {"cli"},
 }
 

@@ -51,7 +51,7 @@ def test_quantization_error_is_half_a_step(bits):
 
 def test_group_size_must_divide():
     with pytest.raises(SchemeError, match="found 36 input features; accepted: a multiple of .* 32"):
-        parse_scheme("q4f16_1").weight.check("x", 36)
+        parse_scheme("q4f16_1").linear.check("x", 36)
     with pytest.raises(SchemeError, match="found 'q5'; accepted: q0f32"):
         parse_scheme("q5")
 
@@ -147,7 +147,7 @@ def test_group_embedding(isa, bits):
     assert np.abs(out.numpy() - weight[ids]).max() <= 1e-6 * np.abs(weight).max()
 
 
-GROUPED = [s.name for s in SCHEMES if not isinstance(s.weight, str) and not s.int8_activations]
+GROUPED = [s.name for s in SCHEMES if not isinstance(s.linear, str) and not s.int8_activations]
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -158,7 +158,7 @@ def test_model_against_its_dequantized_twin(build_model, name, tied):
     model = build_model(f"{name}-{tied}", quantization=name, tie_word_embeddings=tied, **size)
 
     def weights(tensor_name: str) -> np.ndarray:
-        return scheme.rounded(model.weights(tensor_name))
+        return scheme.rounded(tensor_name, model.weights(tensor_name))
 
     ids = tokens(model, 40)
     cache = new_cache(model)

@@ -13,7 +13,7 @@ from ..config import Phi3Config
 from ..kernels.cpu import CpuKernels, GroupFormat, WeightFormat
 from ..kernels.cpu.layout import GROUP
 from ..quantization.layers import GroupWeight, Weight, make_weight
-from ..quantization.scheme import Scheme
+from ..quantization.scheme import Kind, Scheme
 from .attention_inputs import DecodeInputs, PrefillInputs
 
 Tensor = nn.Tensor
@@ -30,9 +30,9 @@ class Ops:
     def _out(self, *shape) -> Tensor:
         return Tensor.placeholder(list(shape), self.kernels.activation_dtype)
 
-    def weight(self, out_features: int, in_features: int) -> Weight:
+    def weight(self, kind: Kind, out_features: int, in_features: int) -> Weight:
         """The parameters of a linear or embedding `[out, in]`, in the layout its kernels read."""
-        return make_weight(self.kernels, self.scheme.weight, out_features, in_features)
+        return make_weight(self.kernels, kind, out_features, in_features)
 
     def embedding(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids `[n]` → `[n, hidden]`."""

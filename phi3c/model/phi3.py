@@ -12,7 +12,7 @@ from tvm.relax.frontend import nn
 
 from ..config import Phi3Config
 from ..kernels.cpu import CpuKernels
-from ..quantization.scheme import Scheme
+from ..quantization.scheme import Kind, Scheme
 from .attention_inputs import DecodeInputs, PrefillInputs, input_specs
 from .ops import Ops
 
@@ -28,7 +28,8 @@ class Phi3ForCausalLM(nn.Module):
         self.ops = Ops(config, scheme, kernels)
         self.model = Phi3Model(self.ops)
         if not config.tie_word_embeddings:
-            self.lm_head = Phi3Linear(self.ops, config.hidden_size, config.vocab_size)
+            kind = scheme.vocabulary
+            self.lm_head = Phi3Linear(self.ops, config.hidden_size, config.vocab_size, kind)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         x = self.model.embed_tokens(input_ids)  # [n, h]
@@ -219,7 +220,8 @@ class Phi3Embedding(nn.Module):
     def __init__(self, ops: Ops):
         super().__init__()
         self.ops = ops
-        self.weight = ops.weight(ops.config.vocab_size, ops.config.hidden_size)
+        c = ops.config
+        self.weight = ops.weight(ops.scheme.vocabulary, c.vocab_size, c.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.ops.embedding(input_ids, self.weight)
@@ -239,11 +241,13 @@ class Phi3RMSNorm(nn.Module):
 
 
 class Phi3Linear(nn.Module):
-    def __init__(self, ops: Ops, in_features: int, out_features: int):
+    """kind: how the weight is stored; by default as the scheme says for linears."""
+
+    def __init__(self, ops: Ops, in_features: int, out_features: int, kind: Kind | None = None):
         super().__init__()
         self.ops = ops
         self.out_features = out_features
-        self.weight = ops.weight(out_features, in_features)
+        self.weight = ops.weight(kind or ops.scheme.linear, out_features, in_features)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.ops.linear(x, self.weight, self.out_features, residual)

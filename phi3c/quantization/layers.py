@@ -5,7 +5,9 @@ from __future__ import annotations
 from tvm.relax.frontend import nn
 
 from ..kernels.cpu import CpuKernels
+from ..kernels.cpu.layout import storage_dtype
 from .group import GroupQuantization
+from .scheme import Kind
 
 
 class GroupWeight(nn.Module):
@@ -28,10 +30,8 @@ class GroupWeight(nn.Module):
 Weight = nn.Parameter | GroupWeight
 
 
-def make_weight(
-    kernels: CpuKernels, kind: str | GroupQuantization, out_features: int, in_features: int
-) -> Weight:
-    """kind: a dtype for a plain weight, or how it is quantized."""
+def make_weight(kernels: CpuKernels, kind: Kind, out_features: int, in_features: int) -> Weight:
+    """kind: how it is stored."""
     if isinstance(kind, GroupQuantization):
         return GroupWeight(kernels, kind, out_features, in_features)
-    return nn.Parameter(kernels.weight_shape(out_features, in_features), kind)
+    return nn.Parameter(kernels.weight_shape(out_features, in_features), storage_dtype(kind))

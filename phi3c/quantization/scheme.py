@@ -1,8 +1,10 @@
 """Named weight schemes.
 
 `q<bits>f<width>_1`, as in MLC-LLM: weights of linears, embedding and head in groups of 32 input
-features, symmetric, with scales and KV pages of float<width>. `q0f<width>` keeps weights and KV
-pages in that type. Activations between kernels are the target's choice (float32 on the CPU). With
+features, symmetric, with scales and KV pages of float<width>. `q4f<width>_hq` searches the scales
+of 4-bit linears for the least squared error and keeps embedding and head at 8 bits. `q0<type>`
+keeps the weights in that type and KV pages too, but for `q0bf16`, whose pages are float16: as large
+and more precise. Activations between kernels are the target's choice (float32 on the CPU). With
 `:int8` behind its name a grouped scheme rounds the input of every linear to int8 and multiplies in
 integers.
 """
@@ -11,22 +13,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from ..errors import SchemeError
-from .group import GroupQuantization
+from .group import GroupedRows, GroupQuantization
+
+Kind = str | GroupQuantization  # how a weight is stored: a dtype, or in groups
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """weight: of linears and the embedding, a dtype or how it is quantized.
+    """linear: how weights of linears are stored; vocabulary: of the embedding and the LM head.
 
-    kv_dtype: of the KV pages; int8_activations: whether linears round
-    their input to int8 in groups of 32.
+    kv_dtype: of the KV pages; int8_activations: whether linears round their input to int8 in groups
+    of 32.
     """
 
     name: str
-    weight: str | GroupQuantization
+    linear: Kind
+    vocabulary: Kind
     kv_dtype: str
     int8_activations: bool = False
 
@@ -35,29 +41,51 @@ class Scheme:
         """Largest logit error / logit scale against float32 arithmetic on the same weights."""
         return 1e-4 if self.kv_dtype == "float32" and not self.int8_activations else 2e-2
 
-    def rounded(self, weight: np.ndarray) -> np.ndarray:
-        """A checkpoint's tensor with the values that the scheme keeps of it, as float32."""
-        if weight.ndim == 1:
-            return weight.astype(np.float32)
-        if isinstance(self.weight, GroupQuantization):
-            return self.weight.dequantize(*self.weight.quantize(weight))
-        return weight.astype(self.weight).astype(np.float32)
+    def kind(self, name: str) -> Kind:
+        """How the tensor of that Hugging Face name is stored. Vectors (norms) stay float32."""
+        in_vocabulary = name.startswith(("model.embed_tokens.", "lm_head."))
+        return self.vocabulary if in_vocabulary else self.linear
+
+    def rounded(self, name: str, rows: np.ndarray | GroupedRows) -> np.ndarray:
+        """A source's tensor with the values that the scheme keeps of it, as float32."""
+        kind = self.kind(name)
+        if isinstance(rows, np.ndarray) and rows.ndim == 1:
+            return rows.astype(np.float32)
+        if isinstance(kind, GroupQuantization):
+            return kind.dequantize(*kind.quantize(rows))
+        return cast(rows, kind).astype(np.float32)
+
+
+def cast(rows: np.ndarray | GroupedRows, dtype: str) -> np.ndarray:
+    """In a plain dtype; numpy has bfloat16 from ml_dtypes. Infinite where a value is too large."""
+    values = rows.values() if isinstance(rows, GroupedRows) else rows
+    with np.errstate(over="ignore"):
+        return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+def _plain(dtype: str, kv_dtype: str, short: str) -> Scheme:
+    return Scheme(f"q0{short}", dtype, dtype, kv_dtype)
 
 
 def _grouped(bits: int, dtype: str, int8: bool) -> Scheme:
     name = f"q{bits}f{dtype.removeprefix('float')}_1" + (":int8" if int8 else "")
-    return Scheme(name, GroupQuantization(bits, 32, dtype), dtype, int8_activations=int8)
+    kind = GroupQuantization(bits, 32, dtype)
+    return Scheme(name, kind, kind, dtype, int8_activations=int8)
 
 
+def _accurate(dtype: str, int8: bool) -> Scheme:
+    name = f"q4f{dtype.removeprefix('float')}_hq" + (":int8" if int8 else "")
+    linear = GroupQuantization(4, 32, dtype, search=True)
+    return Scheme(name, linear, GroupQuantization(8, 32, dtype), dtype, int8_activations=int8)
+
+
+_FLOATS = ("float16", "float32")
 SCHEMES = (
-    Scheme("q0f32", "float32", "float32"),
-    Scheme("q0f16", "float16", "float16"),
-    *(
-        _grouped(bits, dtype, int8)
-        for bits in (8, 4, 3)
-        for dtype in ("float16", "float32")
-        for int8 in (False, True)
-    ),
+    _plain("float32", "float32", "f32"),
+    _plain("float16", "float16", "f16"),
+    _plain("bfloat16", "float16", "bf16"),
+    *(_grouped(bits, d, int8) for bits in (8, 4, 3) for d in _FLOATS for int8 in (False, True)),
+    *(_accurate(d, int8) for d in _FLOATS for int8 in (False, True)),
 )
 
 

@@ -10,10 +10,12 @@ import tvm
 from tvm.runtime import Tensor
 from tvm.runtime.vm import VirtualMachine
 
-from ..artifact import Artifact, Manifest
+from ..artifact import Artifact
 from ..config import Phi3Config
 from ..errors import ArtifactError, InputError, TargetError
-from .host import check_cpu
+from ..manifest import Manifest
+from ..memory import memory
+from .host import check_cpu, check_memory
 from .kv_cache import PagedKVCache
 from .threads import check_threads, use_threads
 
@@ -24,13 +26,16 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     """Loads an artifact folder.
 
     device: `cpu`, or None for the artifact's own. threads: CPU threads, None for all physical
-    cores. Raises ArtifactError (broken, changed, or for another CPU) before anything of it runs.
+    cores. Raises ArtifactError (broken, changed, or for another CPU) and OutOfMemoryError (weights
+    and workspace do not fit) before anything of it runs.
     """
     artifact = Artifact.open(path)
     if device not in (None, "cpu"):
         raise TargetError(f"device: found {device!r}; accepted: cpu, or None")
     threads = check_threads(threads)
     check_cpu(artifact)
+    needed = memory(artifact.manifest, max_total_seq_len=0)
+    check_memory(str(path), {"weights": needed.weights, "workspace": needed.workspace})
     artifact.check_library()
     return CompiledPhi3(artifact, threads)
 
@@ -81,7 +86,8 @@ class CompiledPhi3:
         for. max_total_seq_len: by default max_batch_size sequences of the context length, but at
         most 8192 tokens. page_size: a multiple of 16. A model with a sliding window always uses
         it, and pages that have left it are freed; support_sliding_window=True asks for that and is
-        refused for a model without one. Raises InputError.
+        refused for a model without one. Raises InputError, and OutOfMemoryError where the machine
+        cannot hold the pages.
         """
         limits = self.manifest.limits
         batch = limits.max_batch_size if max_batch_size is None else max_batch_size

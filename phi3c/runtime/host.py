@@ -1,11 +1,11 @@
-"""Whether this machine can run an artifact."""
+"""Whether this machine can run an artifact: its CPU and its memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..artifact import Artifact
-from ..errors import ArtifactError
+from ..errors import ArtifactError, OutOfMemoryError
 
 
 def check_cpu(artifact: Artifact) -> None:
@@ -19,6 +19,51 @@ def check_cpu(artifact: Artifact) -> None:
             f"{artifact.path}: compiled for {artifact.manifest.target.mcpu}, whose {missing[0]} "
             "this CPU lacks; compile it for this machine (target cpu)"
         )
+
+
+def check_memory(what: str, parts: dict[str, int]) -> None:
+    """Raises OutOfMemoryError if the machine cannot hold `parts` (name → bytes) now."""
+    needed, available = sum(parts.values()), available_memory()
+    if available is not None and needed > available:
+        detail = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        raise OutOfMemoryError(
+            f"{what}: needs {needed / 1e9:.2f} GB of memory ({detail}); found "
+            f"{available / 1e9:.2f} GB available"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that a process can still take without swapping; None where the system does not say.
+
+    Pages of mapped files count as available, as they can be dropped and read again.
+    """
+    machine, group = _linux_available(), _cgroup_available()
+    return machine if group is None else group if machine is None else min(machine, group)
+
+
+def _linux_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_available(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit (cgroup v2) leaves, without what it could drop."""
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    droppable = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+    return max(0, int(limit) - used + droppable)
 
 
 def _linux_cpu_flags() -> set[str] | None:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 import numpy as np
 import tvm
 
-from ..artifact import Manifest
 from ..errors import InputError, SequenceError
+from ..manifest import Manifest
+from ..memory import kv_bytes
+from .host import check_memory
 from .page_table import Append, Copy, PageTable
 
 CopySlots = Callable[[np.ndarray, np.ndarray, object], None]
@@ -46,6 +48,8 @@ class PagedKVCache:
                 "support_sliding_window: found True; accepted: False, as this model's "
                 "sliding_window is null"
             )
+        pages_bytes = kv_bytes(layout, max_total_seq_len, page_size)
+        check_memory(f"KV cache for {max_total_seq_len} tokens", {"pages": pages_bytes})
         num_pages = -(-max_total_seq_len // page_size)
         self._table = PageTable(
             config, num_pages, page_size, max_batch_size, prefill_chunk_size, limits.context_length

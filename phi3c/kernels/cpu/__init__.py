@@ -32,7 +32,7 @@ class GroupFormat:
     scale_dtype: str
 
 
-WeightFormat = str | GroupFormat  # a dtype, or groups
+WeightFormat = str | GroupFormat  # a dtype (uint16: the bits of bfloat16), or groups
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class CpuKernels:
     isa: Isa
 
     activation_dtype = "float32"
+    weight_layout = "cpu"  # layout.py, the same for every instruction set
     kv_block = layout.KV_BLOCK
 
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:

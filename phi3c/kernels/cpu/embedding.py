@@ -4,6 +4,7 @@ from tvm.script import tirx as T
 
 from ..root import hand_scheduled
 from .layout import PANEL, panel_shape
+from .plain_weight import as_float32
 
 
 def embedding(vocab_size: int, hidden_size: int, weight_dtype: str):
@@ -21,7 +22,7 @@ def embedding(vocab_size: int, hidden_size: int, weight_dtype: str):
         O = T.match_buffer(out, (n, hidden_size), "float32")
         for t in T.serial(n):
             for k in T.serial(hidden_size):
-                O[t, k] = T.Cast("float32", W[I[t] // PANEL, k, I[t] % PANEL])
+                O[t, k] = as_float32(W[I[t] // PANEL, k, I[t] % PANEL], weight_dtype)
 
     return hand_scheduled(func)
 

@@ -16,6 +16,11 @@ PANEL = 16  # output features in a weight panel
 KV_BLOCK = 16  # tokens in a KV block
 
 
+def storage_dtype(dtype: str) -> str:
+    """What a plain weight of `dtype` is kept as: bfloat16 as its bits, which every target reads."""
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
 def panel_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
     """Shape of a linear's weight as panels."""
     return (-(-out_features // PANEL), in_features, PANEL)

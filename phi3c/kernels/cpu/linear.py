@@ -5,6 +5,7 @@ from tvm.script import tirx as T
 from ..root import hand_scheduled
 from .isa import Isa
 from .layout import PANEL, panel_shape
+from .plain_weight import as_float32
 
 
 def linear(isa: Isa, out_features: int, in_features: int, weight_dtype: str, residual: bool):
@@ -49,7 +50,7 @@ def linear(isa: Isa, out_features: int, in_features: int, weight_dtype: str, res
             w = T.alloc_buffer((group, PANEL), "float32")
             for g in T.unroll(group):
                 for v in T.vectorized(PANEL):
-                    w[g, v] = T.Cast("float32", W[p * group + g, k, v])
+                    w[g, v] = as_float32(W[p * group + g, k, v], weight_dtype)
             for r in T.unroll(n_rows):
                 for g in T.unroll(group):
                     for v in T.vectorized(PANEL):

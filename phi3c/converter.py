@@ -1,0 +1,134 @@
+"""Converts a source's weights once, for artifacts to be compiled from: `phi3c convert`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .artifact import (
+    PARAMETERS,
+    ConvertedWeights,
+    file_sha256,
+    write_manifest,
+    write_text_files,
+)
+from .errors import ArtifactError, SchemeError
+from .kernels.cpu import CpuKernels
+from .manifest import WeightsManifest
+from .output_folder import check_output, check_space, new_folder
+from .packing import packed_parameters, parameter_specs
+from .quantization.scheme import Scheme, parse_scheme
+from .sources import ConvertedFolder, Source, resolve_source
+from .targets import parse_target
+from .tensor_file import tensor_bytes, write_tensors
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+_ROOM = 64 << 20  # bytes of disk for all but the parameters: library, tokenizer, manifest
+
+
+def convert(
+    source: str | Path,
+    quantization: str = "q4f16_1",
+    output: str | Path = "dist/weights",
+    target: str = "cpu",
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ConvertedWeights:
+    """Converts a checkpoint into a folder that `compile` takes as its source.
+
+    source: checkpoint folder, .gguf file, config JSON (random weights from `seed`), or Hugging Face
+    repo id. quantization: a scheme's name. output: new or empty folder, or one of ours to replace.
+    target: whose kernels will read the weights; those of every CPU are laid out alike. progress:
+    called with (stage, bytes done, bytes in all).
+
+    Raises the errors of phi3c.errors, before any work where it can; nothing is left at `output`
+    unless it is whole.
+    """
+    report = progress or (lambda stage, done, total: None)
+    output = Path(output)
+    scheme, kernels = parse_scheme(quantization), parse_target(target).kernels
+    work = weights_work(resolve_source(source, seed), scheme, kernels, output)
+    with new_folder(output) as folder:
+        write_manifest(folder, WeightsManifest(**work.write(folder, report)))
+    return ConvertedWeights.open(output)
+
+
+def weights_work(
+    source: Source, scheme: Scheme, kernels: CpuKernels, output: Path
+) -> Conversion | Reuse:
+    """What puts a source's weights into a new folder at `output`, checked as far as it can be.
+
+    Raises CheckpointError, SchemeError, ArtifactError.
+    """
+    check_output(output)
+    if isinstance(source, ConvertedFolder):
+        return Reuse(source, scheme, kernels)
+    return Conversion(source, scheme, kernels, output)
+
+
+class Conversion:
+    """Of a source's tensors to a scheme, in the kernels' layout."""
+
+    def __init__(self, source: Source, scheme: Scheme, kernels: CpuKernels, output: Path):
+        self._config, self._scheme, self._kernels = source.config, scheme, kernels
+        self._specs = parameter_specs(source.config, scheme, kernels)
+        self._weights = source.weights()
+        self._text_files = source.text_files()
+        parameters = sum(tensor_bytes(shape, dtype) for _, shape, dtype in self._specs)
+        check_space(output, parameters + _ROOM)
+
+    def write(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """Writes parameters and text files; returns the fields of a WeightsManifest."""
+        arrays = packed_parameters(
+            self._specs,
+            self._weights,
+            self._kernels,
+            self._scheme,
+            lambda done, total: progress("weights", done, total),
+        )
+        infos = write_tensors(folder / PARAMETERS, self._specs, arrays)
+        return {
+            "config": self._config,
+            "quantization": self._scheme.name,
+            "layout": self._kernels.weight_layout,
+            "parameters": tuple(infos),
+            "parameters_sha256": file_sha256(folder / PARAMETERS),
+            "files": write_text_files(folder, self._text_files),
+        }
+
+
+class Reuse:
+    """Of weights that are converted already: the same file, linked where the disk is the same."""
+
+    def __init__(self, source: ConvertedFolder, scheme: Scheme, kernels: CpuKernels):
+        self._source, self._weights = source, source.converted
+        manifest = self._weights.manifest
+        if scheme.name != manifest.quantization:
+            raise SchemeError(
+                f"quantization: found {scheme.name!r}; accepted: {manifest.quantization}, which "
+                f"{source.path} was converted to"
+            )
+        found = [(info.name, info.shape, info.dtype) for info in manifest.parameters]
+        wanted = parameter_specs(source.config, scheme, kernels)
+        if manifest.layout != kernels.weight_layout or found != wanted:
+            raise ArtifactError(
+                f"{source.path}: its weights are laid out for {manifest.layout} by another version "
+                "or for another target; convert the checkpoint again"
+            )
+
+    def write(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        """As Conversion.write. Raises ArtifactError if a file is not what was converted."""
+        progress("weights", 0, 1)
+        self._weights.check_integrity()
+        try:
+            os.link(self._weights.parameters, folder / PARAMETERS)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(self._weights.parameters, folder / PARAMETERS)
+        write_text_files(folder, self._source.text_files())
+        progress("weights", 1, 1)
+        return {f.name: getattr(self._weights.manifest, f.name) for f in fields(WeightsManifest)}

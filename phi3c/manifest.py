@@ -1,0 +1,192 @@
+"""What a folder of ours says of itself: frozen dataclasses and their JSON.
+
+Two kinds of folder carry one: an artifact (manifest.json), and converted weights without a library
+(weights.json), whose entries are the first part of an artifact's. The last entry is the sha256 of
+all others, so that an edit by hand is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .config import Phi3Config
+from .errors import ArtifactError, ConfigError
+from .tensor_file import TensorInfo
+
+FORMAT_VERSION = 2
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+SUM = "manifest_sha256"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape (named extents are symbolic) and dtype of an input, output or page tensor."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class FunctionInfo:
+    """One function of the library. `pages` and the parameters follow the inputs, as tuples.
+
+    workspace_bytes: storage that the memory planner gave it, at the artifact's limits.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    takes_pages: bool
+    takes_parameters: bool
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the artifact was compiled for.
+
+    max_batch_size: sequences in a forward; context_length: tokens in a sequence;
+    prefill_chunk_size: new tokens in a forward.
+    """
+
+    max_batch_size: int
+    context_length: int
+    prefill_chunk_size: int
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """page_shape: of one layer's tensor without its leading extent, the number of blocks.
+
+    block_tokens: tokens in a block; bytes_per_token: keys and values of all layers.
+    """
+
+    block_tokens: int
+    page_shape: tuple[int, ...]
+    dtype: str
+    layers: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """cpu_flags: what the code needs of the CPU, by Linux's names."""
+
+    name: str
+    mcpu: str
+    mtriple: str
+    cpu_flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WeightsManifest:
+    """Converted weights. layout: whose kernels read them; files: name → sha256 of TEXT_FILES."""
+
+    FORMAT: ClassVar[str] = "phi3c-weights"
+
+    config: Phi3Config
+    quantization: str
+    layout: str
+    parameters: tuple[TensorInfo, ...]
+    parameters_sha256: str
+    files: dict[str, str]
+
+    def to_json(self) -> str:
+        head = {"format": self.FORMAT, "format_version": FORMAT_VERSION}
+        body = head | asdict(self) | {"config": self.config.to_dict()}
+        return json.dumps(body | {SUM: contents_sha256(body)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> WeightsManifest:
+        """Raises ArtifactError: not JSON, not ours, another version, edited, fields missing."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ArtifactError(f"{path}: not JSON") from None
+        if not isinstance(data, dict) or data.get("format") != cls.FORMAT:
+            raise ArtifactError(f"{path}: not the manifest of {_KINDS[cls.FORMAT]}")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path}: format_version: found {data.get('format_version')!r}; accepted: "
+                f"{FORMAT_VERSION}. Make it again with this phi3c"
+            )
+        if data.pop(SUM, None) != contents_sha256(data):
+            raise ArtifactError(
+                f"{path}: edited by hand or damaged: its {SUM} is not that of its contents; "
+                "make it again"
+            )
+        try:
+            return cls(**cls._fields(data))
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as err:
+            raise ArtifactError(f"{path}: broken manifest: {type(err).__name__} {err}") from None
+
+    @classmethod
+    def _fields(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if foreign := sorted(set(data["files"]) - set(TEXT_FILES)):
+            raise ValueError(f"files: found {foreign[0]!r}; accepted: {', '.join(TEXT_FILES)}")
+        return {
+            "config": Phi3Config.from_dict(data["config"], "config"),
+            "quantization": str(data["quantization"]),
+            "layout": str(data["layout"]),
+            "parameters": tuple(
+                TensorInfo(t["name"], tuple(t["shape"]), t["dtype"], t["sha256"])
+                for t in data["parameters"]
+            ),
+            "parameters_sha256": str(data["parameters_sha256"]),
+            "files": {str(name): str(digest) for name, digest in data["files"].items()},
+        }
+
+
+@dataclass(frozen=True)
+class Manifest(WeightsManifest):
+    """All that is known of an artifact before it is run."""
+
+    FORMAT: ClassVar[str] = "phi3c"
+
+    target: TargetInfo
+    limits: Limits
+    kv_layout: KVLayout
+    functions: dict[str, FunctionInfo]
+    library_sha256: str
+    versions: dict[str, str]
+
+    @classmethod
+    def _fields(cls, data: dict[str, Any]) -> dict[str, Any]:
+        target, kv = data["target"], data["kv_layout"]
+        return super()._fields(data) | {
+            "target": TargetInfo(**target | {"cpu_flags": tuple(target["cpu_flags"])}),
+            "limits": Limits(**data["limits"]),
+            "kv_layout": KVLayout(**kv | {"page_shape": tuple(kv["page_shape"])}),
+            "functions": {name: _function(entry) for name, entry in data["functions"].items()},
+            "library_sha256": str(data["library_sha256"]),
+            "versions": dict(data["versions"]),
+        }
+
+
+_KINDS = {WeightsManifest.FORMAT: "weights converted by phi3c", Manifest.FORMAT: "a phi3c artifact"}
+
+
+def _function(entry: dict[str, Any]) -> FunctionInfo:
+    return FunctionInfo(
+        inputs=tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in entry["inputs"]),
+        takes_pages=bool(entry["takes_pages"]),
+        takes_parameters=bool(entry["takes_parameters"]),
+        workspace_bytes=int(entry["workspace_bytes"]),
+    )
+
+
+def contents_sha256(body: dict[str, Any]) -> str:
+    """Of the entries, whatever their order and spacing."""
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,44 @@
+"""What an artifact takes of a machine's memory, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .manifest import KVLayout, Manifest, WeightsManifest
+from .tensor_file import tensor_bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. weights: mapped, and shared by all processes that run the artifact; kv_cache: pages;
+    workspace: what the largest function plans for its intermediate results; adapters: LoRA slots.
+    """
+
+    weights: int
+    kv_cache: int
+    workspace: int
+    adapters: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.workspace + self.adapters
+
+
+def memory(manifest: Manifest, max_total_seq_len: int) -> Memory:
+    """At the artifact's limits, with a KV cache of max_total_seq_len tokens."""
+    return Memory(
+        weights=weights_bytes(manifest),
+        kv_cache=kv_bytes(manifest.kv_layout, max_total_seq_len, manifest.kv_layout.block_tokens),
+        workspace=max((f.workspace_bytes for f in manifest.functions.values()), default=0),
+        adapters=0,  # this version compiles none
+    )
+
+
+def weights_bytes(manifest: WeightsManifest) -> int:
+    """Of all parameters."""
+    return sum(tensor_bytes(info.shape, info.dtype) for info in manifest.parameters)
+
+
+def kv_bytes(layout: KVLayout, max_total_seq_len: int, page_size: int) -> int:
+    """Of the pages of `page_size` tokens that hold max_total_seq_len tokens."""
+    return -(-max_total_seq_len // page_size) * page_size * layout.bytes_per_token
