@@ -22,9 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-TOY = ROOT / "examples" / "toy"
-sys.path.insert(0, str(TOY))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "toy"))
 import evaluate as toy
 import tasks
 
@@ -36,6 +34,8 @@ from phi3c.quantization.scheme import SCHEMES, Scheme, parse_scheme
 from phi3c.runtime.compiled import CompiledPhi3
 from phi3c.weights import checkpoint_shapes
 
+ROOT = Path(__file__).parent.parent
+TOY = ROOT / "examples" / "toy"
 LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
 
@@ -77,9 +77,11 @@ def toy_costs(names: list[str], count: int, seed: int) -> dict[str, dict[str, fl
             divergence = [(np.exp(p) * (p - q)).sum(axis=-1) for p, q in pairs]
             agreement = [p.argmax(axis=-1) == q.argmax(axis=-1) for p, q in pairs]
             accuracy = toy.evaluate(model, count, seed)
-            costs[name] = {task: float(np.mean(list(row.values()))) for task, row in accuracy.items()}
-            costs[name]["kl"] = float(np.concatenate(divergence).mean())
-            costs[name]["top1"] = float(np.concatenate(agreement).mean())
+            costs[name] = {
+                **{task: float(np.mean(list(row.values()))) for task, row in accuracy.items()},
+                "kl": float(np.concatenate(divergence).mean()),
+                "top1": float(np.concatenate(agreement).mean()),
+            }
             print(f"{name}: {json.dumps(costs[name])}", file=sys.stderr, flush=True)
     return {name: costs[name] for name in names}
 

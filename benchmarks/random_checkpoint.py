@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 
 import ml_dtypes
-from safetensors import serialize_file
+import numpy as np
+from safetensors.numpy import save_file
 
 from phi3c.config import Phi3Config
 from phi3c.weights import RandomWeights
@@ -35,31 +36,24 @@ def main() -> None:
         shutil.copyfile(TOY / name, args.output / name)
     shutil.copyfile(args.config, args.output / "config.json")
     dtype = ml_dtypes.bfloat16 if args.dtype == "bfloat16" else args.dtype
-    shards: list[dict[str, dict]] = [{}]
-    weight_map, size, total = {}, 0, 0
+    shard: dict[str, np.ndarray] = {}
+    weight_map, count, total = {}, 1, 0
     for name in weights.shapes:
         array = weights.tensor(name).astype(dtype)
-        if size and size + array.nbytes > SHARD_BYTES:
-            write(shards[-1], args.output, len(shards))
-            shards[-1].clear()  # its arrays: one shard in memory at a time
-            shards.append({})
-            size = 0
-        entry = {"dtype": args.dtype, "shape": list(array.shape), "data": array.tobytes()}
-        shards[-1][name] = entry
-        weight_map[name] = shard_name(len(shards))
-        size, total = size + array.nbytes, total + array.nbytes
-    write(shards[-1], args.output, len(shards))
+        if shard and sum(a.nbytes for a in shard.values()) + array.nbytes > SHARD_BYTES:
+            save_file(shard, args.output / shard_name(count))
+            shard, count = {}, count + 1
+        shard[name] = array
+        weight_map[name] = shard_name(count)
+        total += array.nbytes
+    save_file(shard, args.output / shard_name(count))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (args.output / "model.safetensors.index.json").write_text(json.dumps(index))
-    print(f"{args.output}: {len(weight_map)} tensors, {total / 1e9:.2f} GB in {len(shards)} shards")
+    print(f"{args.output}: {len(weight_map)} tensors, {total / 1e9:.2f} GB in {count} shards")
 
 
 def shard_name(number: int) -> str:
     return f"model-{number:05}.safetensors"
-
-
-def write(tensors: dict[str, dict], folder: Path, number: int) -> None:
-    serialize_file(tensors, str(folder / shard_name(number)))
 
 
 if __name__ == "__main__":

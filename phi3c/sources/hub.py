@@ -1,23 +1,270 @@
-"""Checkpoints on the Hugging Face hub: only the files that a compilation needs, resumable."""
+"""Checkpoints on the Hugging Face hub: only the files that a compilation needs.
+
+The work is huggingface_hub's, in its own cache, with its settings (HF_ENDPOINT, HF_HOME, HF_TOKEN,
+HF_HUB_OFFLINE, HF_HUB_DISABLE_PROGRESS_BARS). What is here: which files, in which order, and one
+line for whatever goes wrong. A cut connection is resumed where it broke; an interrupted download
+keeps the files that were whole, so weights come one file at a time, and last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from ..config import Phi3Config
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+_CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth")
 
 
 def download(repo_id: str, text_files: Sequence[str]) -> Path:
-    """The folder with the repository's files. Raises CheckpointError, ConfigError."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """The folder with config.json, the weights, and those of text_files that the repo has.
 
-    patterns = [*text_files, "*.safetensors", "*.index.json"]
+    Where the hub does not give the repo (no network, HF_HUB_OFFLINE, …), a cached folder that has
+    config.json and all weights serves as it is. Raises CheckpointError, and ConfigError before any
+    weight is downloaded.
+    """
+    with _quiet():
+        try:
+            repo = _list_files(repo_id)
+        except _hub_errors() as err:
+            return _cached_folder(repo_id, err)
+        with _one_line_errors(repo_id):
+            return _download(repo_id, repo, text_files)
+
+
+def _download(repo_id: str, repo: ModelInfo, text_files: Sequence[str]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repo_id, name, revision=repo.sha))
+
+    files = {file.rfilename: file for file in repo.siblings}
+    if _CONFIG not in files:
+        raise CheckpointError(f"{repo_id}: no {_CONFIG} in the repo; accepted: a model's repo")
+    folder = fetch(_CONFIG).parent
+    Phi3Config.from_file(folder)  # refused here, before gigabytes are fetched
+    weights = _weight_files(repo_id, files, fetch)
+    texts = [name for name in text_files if name in files]
+    _check_disk_space(repo_id, [files[name] for name in [*texts, *weights]])
+    for name in [*texts, *weights]:
+        fetch(name)
+    _name_as_main(repo_id, folder)
+    return folder
+
+
+def _list_files(repo_id: str) -> ModelInfo:
+    """What the hub says the repo has at its newest commit: sha, and siblings with their sizes."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import validate_repo_id
+
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        validate_repo_id(repo_id)
+    except ValueError as err:
+        raise CheckpointError(f"{repo_id!r}: not a repo id: {_one_line(err)}") from None
+    try:
+        # Without a timeout, a network that drops packets would hang this for minutes.
+        repo = HfApi().model_info(
+            repo_id, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+        if repo.sha and repo.siblings:
+            return repo
+    except _hub_errors():
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass  # not the hub's JSON: a proxy's log-in page, another kind of server
+    raise CheckpointError(
+        f"{repo_id}: {constants.ENDPOINT} (HF_ENDPOINT) does not answer as a Hugging Face hub: "
+        "found no list of the repo's files"
+    )
+
+
+def _weight_files(
+    repo_id: str, files: dict[str, RepoSibling], fetch: Callable[[str], Path]
+) -> list[str]:
+    """The repo's safetensors, all of them there. Fetches the index if the repo has one."""
+    if _INDEX in files:
+        names = _indexed_files(fetch(_INDEX))
+        if missing := [name for name in names if name not in files]:
+            raise CheckpointError(f"{repo_id}: {_INDEX} names {_some(missing)}, not in the repo")
+        return names
+    if _SINGLE in files:
+        return [_SINGLE]
+    if pickles := sorted(n for n in files if n.endswith(_PICKLES) and "/" not in n):
         raise CheckpointError(
-            f"{repo_id}: no such folder, and the hub gave no such repo: {reason}"
-        ) from None
+            f"{repo_id}: found {pickles[0]}, a pickle, which can run code when read; accepted: "
+            f"{_SINGLE}, or {_INDEX} and its files. Convert it where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(repo).save_pretrained(new_folder)"
+        )
+    hint = ". Its .gguf files: download one and name it" if _any_gguf(files) else ""
+    raise CheckpointError(
+        f"{repo_id}: no weights in the repo; accepted: {_SINGLE}, or {_INDEX} and its files{hint}"
+    )
+
+
+def _any_gguf(files: dict[str, RepoSibling]) -> bool:
+    return any(name.endswith(".gguf") for name in files)
+
+
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise CheckpointError(f"{index}: not a weight index (no weight_map)") from None
+    for name in names:
+        is_plain = isinstance(name, str) and Path(name).name == name
+        if not is_plain or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: found file {name!r}; accepted: names of *.safetensors, no folders"
+            )
+    if not names:
+        raise CheckpointError(f"{index}: names no file")
+    return sorted(names)
+
+
+def _check_disk_space(repo_id: str, files: Sequence[RepoSibling]) -> None:
+    """Refuses a download that cannot end well. Counts the bytes that are not in the cache yet."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE)
+    blobs = cache / repo_folder_name(repo_id=repo_id, repo_type="model") / "blobs"
+    needed = 0
+    for file in files:
+        # The hub's etag names the cached file: the sha256 of large files, else git's id.
+        etag = file.lfs["sha256"] if file.lfs else file.blob_id
+        if not (etag and (blobs / etag).exists()):
+            needed += file.size or 0
+    existing = next(path for path in [cache, *cache.absolute().parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise CheckpointError(
+            f"{repo_id}: {needed / 1e9:,.2f} GB are still to be downloaded, but the disk of "
+            f"{cache} (HF_HOME) has {free / 1e9:,.2f} GB free"
+        )
+
+
+def _name_as_main(repo_id: str, folder: Path) -> None:
+    """Makes the folder the one that is used without a network. Last, so that it is a whole one."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if try_to_load_from_cache(repo_id, _CONFIG) != str(folder / _CONFIG):
+        with suppress(*_hub_errors()):  # the download is done: the next one can do this
+            hf_hub_download(repo_id, _CONFIG)
+
+
+def _cached_folder(repo_id: str, err: Exception) -> Path:
+    """The newest folder of the cache, if whole; else raises err as a CheckpointError."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo_id, _CONFIG)
+    if isinstance(config, str):
+        folder = Path(config).parent
+        names = _indexed_files(folder / _INDEX) if (folder / _INDEX).exists() else [_SINGLE]
+        missing = [name for name in names if not (folder / name).exists()]
+        if not missing:
+            return folder
+        lacks = f"{_some(missing)} of {repo_id} not in the cache {constants.HF_HUB_CACHE}"
+    else:
+        lacks = f"{repo_id} is not in the cache {constants.HF_HUB_CACHE}"
+    is_refusal = 400 <= _status(err) < 500 and _status(err) != 429
+    raise CheckpointError(_explain(repo_id, err) + ("" if is_refusal else f"; {lacks}")) from None
+
+
+# Errors
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises for the network, the hub and the disk; never ours."""
+    from huggingface_hub.errors import HTTPError
+
+    return (HTTPError, OSError)
+
+
+@contextmanager
+def _one_line_errors(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except _hub_errors() as err:
+        raise CheckpointError(_explain(repo_id, err)) from None
+    except RuntimeError as err:  # hf_xet's, of a download that fails
+        raise CheckpointError(f"{repo_id}: {_one_line(err)}") from None
+
+
+def _explain(repo_id: str, err: Exception) -> str:
+    """One line: what happened, and what the user can do."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(err, errors.LocalEntryNotFoundError) and isinstance(err.__cause__, Exception):
+        err = err.__cause__
+    endpoint, log_in = constants.ENDPOINT, "`hf auth login` or set HF_TOKEN"
+    if isinstance(err, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set (or TRANSFORMERS_OFFLINE)"
+    if isinstance(err, errors.GatedRepoError):
+        return f"{repo_id}: a gated repo: accept its terms at {endpoint}/{repo_id}, then {log_in}"
+    if isinstance(err, errors.RepositoryNotFoundError):
+        return f"{repo_id}: no such folder, nor such a repo at {endpoint}; if private: {log_in}"
+    status = _status(err)
+    if status == 401:
+        return f"{repo_id}: {endpoint} refused the token (401): {log_in} to a valid one"
+    if status == 429:
+        wait = err.response.headers.get("Retry-After", "")
+        when = f"in {wait} s" if wait.isdigit() else "later"
+        return f"{repo_id}: {endpoint} had too many requests (429): try again {when}, or {log_in}"
+    if status:
+        what = getattr(err, "server_message", None) or "no reason given"
+        return f"{repo_id}: {endpoint} answered with HTTP {status}: {_one_line(what)}"
+    if isinstance(err, OSError) and err.strerror and not isinstance(err, ConnectionError):
+        return f"{repo_id}: {err.filename or constants.HF_HUB_CACHE}: {err.strerror}"
+    if isinstance(err, OSError) and not isinstance(err, ConnectionError | errors.HTTPError):
+        return f"{repo_id}: {_one_line(err)}"
+    return f"no network: {_host(err)} cannot be reached ({_one_line(err)})"
+
+
+def _status(err: Exception) -> int:
+    """The HTTP status that the hub answered with; 0: it gave no answer."""
+    return getattr(getattr(err, "response", None), "status_code", 0)
+
+
+def _host(err: Exception) -> str:
+    """Where the failed request went: the hub, or a server that it sent us to."""
+    from huggingface_hub import constants
+
+    try:
+        url = str(err.request.url)
+    except (AttributeError, RuntimeError):  # no request, or none kept
+        url = constants.ENDPOINT
+    return urlsplit(url).netloc or url
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())[:300] or type(message).__name__
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides huggingface_hub's warnings (retries, "unauthenticated requests"), unless asked for."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    if level == logging.WARNING:  # the default
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
