@@ -1,4 +1,4 @@
-"""The command line: `phi3c compile | convert | generate | chat | inspect | verify`.
+"""The command line: `phi3c compile | convert | generate | chat | inspect | bench | verify`.
 
 One function per command; each imports what it needs, so that `--help` is fast. Exit codes: 0 done,
 1 failed (disk full, a wrong artifact, a bug), 2 asked for something impossible, 130 interrupted.
@@ -215,6 +215,25 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.report import bench, facts, render
+    from .bench.workloads import Work
+    from .runtime.compiled import load
+
+    works = [Work(1, 0, n) for n in args.prefill]
+    works += [Work(1, n, 1) for n in args.decode]
+    works += [Work(args.batch, n, 1) for n in args.batch_decode]
+    if min([args.samples, args.batch, *args.prefill, *args.decode, *args.batch_decode]) < 1:
+        raise InputError("bench: found a number below 1; accepted: positive numbers")
+    model = load(Path(args.artifact).expanduser(), threads=args.threads)
+    with _progress(args) as progress:
+        report = bench(model, works, args.samples, args.profile, progress)
+    if not args.json:
+        print(render(report))
+    print(json.dumps(facts(report)))
+    return 0
 
 
 # What generate and chat share
@@ -441,6 +460,20 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("artifact", help="artifact folder")
     made.add_argument("--max-total-seq-len", type=int, metavar="N", help="KV bytes for N tokens")
 
+    made = command("bench", _bench, "time an artifact, beside what this machine can do at best")
+    made.add_argument("artifact", help="artifact folder")
+    for name, default, what in (
+        ("--prefill", "128,512", "tokens of prompts"),
+        ("--decode", "128,1024", "contexts of one sequence that decodes"),
+        ("--batch-decode", "128", "contexts of --batch sequences that decode together"),
+    ):
+        text = f"{what} ({default}; empty: none)"
+        made.add_argument(name, type=_numbers, default=default, metavar="N,…", help=text)
+    made.add_argument("--batch", type=int, default=8, metavar="N", help="sequences (8)")
+    made.add_argument("--samples", type=int, default=7, metavar="N", help="runs of each (7)")
+    made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
+    made.add_argument("--profile", action="store_true", help="the time by kernel as well")
+
     made = command("verify", _verify, "compare an artifact with its checkpoint, or its files")
     made.add_argument("artifact", help="artifact folder (or converted weights, with --integrity)")
     made.add_argument(
@@ -452,6 +485,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--oracle", help="transformers or numpy (transformers if installed)")
     made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
     return parser
+
+
+def _numbers(text: str) -> list[int]:
+    """`128,512` → [128, 512]; nothing → []."""
+    return [int(part) for part in text.split(",") if part]
 
 
 def _add_compile_options(parser: argparse.ArgumentParser) -> None:

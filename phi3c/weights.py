@@ -169,13 +169,14 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{index}: not a weight index (no weight_map)") from None
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
                 raise CheckpointError(
                     f"{index}: found file {name!r}; accepted: names in the folder"
                 )
         return iter([folder / name for name in names])
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
+    single = folder / "model.safetensors"
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if files:  # beside a model.safetensors others hold the same again (consolidated.safetensors)
         return iter(files)
     if pickles := sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")]):
         raise CheckpointError(

@@ -72,6 +72,7 @@ class FakeHub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
                 hub._answer(self)
@@ -380,12 +381,6 @@ def test_a_disk_that_fills_up(hub, cache, monkeypatch):
     assert b"half" not in [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written(hub, cache):
-    cache.mkdir(parents=True, mode=0o500)
-    refused(str(cache), "Permission denied")
-
-
 def test_a_cache_that_is_a_file(hub, cache):
     cache.parent.mkdir()
     cache.write_text("")
@@ -420,7 +415,10 @@ def test_an_interrupted_download_keeps_whole_files_and_no_half_ones(hub, cache):
 
 def test_no_network_and_no_cache(cache, monkeypatch):
     host = unplug(monkeypatch)
-    refused(f"no network: {host} cannot be reached", f"{REPO} is not in the cache {cache}")
+    refused(
+        f"no network: {host} cannot be reached",
+        f"{REPO}: no such folder, and not in the cache {cache}",
+    )
 
 
 def test_no_network_and_a_whole_cache(hub, monkeypatch):
@@ -438,7 +436,6 @@ def test_no_network_and_half_a_cache(hub, cache, monkeypatch):
 
 
 def test_no_network_halfway(hub, monkeypatch):
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 1)
     list_files = hub._describe
 
     def list_and_vanish(path):
@@ -459,7 +456,7 @@ def test_offline_and_a_whole_cache(hub, monkeypatch):
 
 def test_offline_and_no_cache(hub, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused("HF_HUB_OFFLINE is set", f"{REPO} is not in the cache {cache}")
+    refused("HF_HUB_OFFLINE is set", f"{REPO}: no such folder, and not in the cache {cache}")
     assert hub.requests == []
 
 
@@ -502,10 +499,10 @@ def test_offline_after_another_tool_has_downloaded_all(hub, monkeypatch):
 # What the hub refuses
 
 
-def test_no_such_repo(hub):
-    refused(
-        "owner/absent: no such folder, nor such a repo", "hf auth login", repo_id="owner/absent"
-    )
+@pytest.mark.parametrize("status", [404, 401])  # 401: absent or private, to who is not logged in
+def test_no_such_repo(hub, status):
+    hub.refuse_api = (status, {"X-Error-Code": "RepoNotFound"}, b"")
+    refused(f"{REPO}: no such folder, nor such a repo at {hub.url}", "private", "hf auth login")
     assert len(hub.requests) == 1
 
 
@@ -514,7 +511,7 @@ def test_no_such_repo(hub):
     ["a/b/c", "-a/b", "a/b--c", "a/b..c", "a/b.git", "a/" + "b" * 100, "a b/c", "", "é/b"],
 )
 def test_no_repo_id(hub, repo_id):
-    refused(f"{repo_id!r}: not a repo id", repo_id=repo_id)
+    refused(f"{repo_id!r}: not a repo id; accepted: owner/name", repo_id=repo_id)
     assert hub.requests == []
 
 
@@ -558,8 +555,8 @@ def test_the_token_is_sent(hub, monkeypatch):
         (500, {}, b"Out\nof order", "HTTP 500: Out of order"),
         (503, {}, b"", "HTTP 503"),
         (403, {"X-Error-Message": "Access to this resource is disabled."}, b"", "disabled"),
-        (429, {}, b"", "too many requests (429): try again later"),
-        (429, {"Retry-After": "7"}, b"", "try again in 7 s"),
+        (429, {}, b"", "(429): try again later"),
+        (429, {"Retry-After": "7"}, b"", "(429): try again in 7 s"),
     ],
 )
 def test_other_refusals(hub, part, status, headers, body, message):
@@ -583,7 +580,7 @@ def test_a_server_that_is_no_hub(hub, body):
 
 def test_files_without_the_headers_of_a_hub(hub):
     hub.refuse_files = (200, {}, b"<html>Log in</html>")
-    refused("X-Repo-Commit")
+    refused(hub.url, "does not answer as a Hugging Face hub")
 
 
 def test_a_failure_of_xet(hub, monkeypatch):
@@ -633,7 +630,8 @@ def test_progress_is_for_terminals_only(hub, monkeypatch, is_terminal, disabled,
 
 
 def run(*args: str, hub: FakeHub, home: Path, **env: str) -> subprocess.CompletedProcess:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    ours = ("HF_", "TRANSFORMERS_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     env = {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), **env}
     return subprocess.run(
         [sys.executable, "-m", "phi3c", *args], env=env, capture_output=True, text=True, timeout=60

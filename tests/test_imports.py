@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "verify": {"artifact", "config", "engine", "errors", "quantization", "reference", "runtime"}
     | {"sources"},
     "describe": {"artifact", "config", "engine", "errors", "memory", "verify", "weights"},
-    "bench": {"artifact", "config", "engine", "errors", "runtime", "sources"},
+    "bench": {"errors", "kernels", "manifest", "memory", "runtime", "targets", "tensor_file"},
     "cli": {"", "artifact", "artifact_cache", "bench", "compiler", "config", "converter"}
     | {"describe", "engine", "errors", "runtime", "serve", "sources", "targets", "verify"},
     "__main__": {"cli"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,7 @@ class CompiledPhi3:
 
     def __init__(self, artifact: Artifact, threads: int):
         self.artifact = artifact
-        self._threads = threads
+        self.threads = threads
         self._device = tvm.cpu(0)
         self._mapped = artifact.map_parameters()
         use_threads(threads)
@@ -58,8 +60,8 @@ class CompiledPhi3:
         except Exception as err:
             reason = str(err).strip().splitlines()[-1]
             raise ArtifactError(f"{artifact.library}: cannot be loaded: {reason}") from None
-        vm = VirtualMachine(library, self._device)
-        self._functions = {name: vm[name] for name in self.manifest.functions}
+        self._vm = VirtualMachine(library, self._device)
+        self._functions = {name: self._vm[name] for name in self.manifest.functions}
         self._parameters = tvm.runtime.convert(
             [tvm.runtime.from_dlpack(array) for array in self._mapped.values()]
         )
@@ -178,6 +180,23 @@ class CompiledPhi3:
         hidden = self._activations("hidden_states", hidden_states, "get_logits", None)
         return self._call("get_logits", {"hidden_states": hidden})
 
+    @contextmanager
+    def instrumented(self, seen: Callable[[str, float], None]) -> Iterator[None]:
+        """Inside, `seen` is told the name of every kernel that has run, and its seconds."""
+        started: list[float] = []
+
+        def instrument(function, name: str, before: bool, result, *args) -> None:
+            if before:
+                started.append(time.perf_counter())
+            else:
+                seen(name, time.perf_counter() - started.pop())
+
+        self._vm.set_instrument(instrument)
+        try:
+            yield
+        finally:
+            self._vm.set_instrument(lambda *_: None)
+
     def _forward(
         self, name: str, input_embed: Array, cache: PagedKVCache, **extra: np.ndarray
     ) -> tuple[Tensor, PagedKVCache]:
@@ -192,7 +211,7 @@ class CompiledPhi3:
         return self._call(name, {s.name: values[s.name] for s in inputs}, cache.pages), cache
 
     def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
-        use_threads(self._threads)
+        use_threads(self.threads)
         info = self.manifest.functions[name]
         args = [inputs[spec.name] for spec in info.inputs]
         # Copied: kernels may load whole vectors, so their inputs must be aligned as TVM aligns.

@@ -26,6 +26,7 @@ _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth")
+_NO_HUB = "(HF_ENDPOINT) does not answer as a Hugging Face hub does"
 
 
 def download(repo_id: str, text_files: Sequence[str]) -> Path:
@@ -71,8 +72,11 @@ def _list_files(repo_id: str) -> ModelInfo:
 
     try:
         validate_repo_id(repo_id)
-    except ValueError as err:
-        raise CheckpointError(f"{repo_id!r}: not a repo id: {_one_line(err)}") from None
+    except ValueError:
+        raise CheckpointError(
+            f"{repo_id!r}: not a repo id; accepted: owner/name, each of letters, digits, '-', '_' "
+            "and '.', without '--', '..', a '-' or '.' at an end, or '.git'; up to 96 characters"
+        ) from None
     try:
         # Without a timeout, a network that drops packets would hang this for minutes.
         repo = HfApi().model_info(
@@ -84,10 +88,7 @@ def _list_files(repo_id: str) -> ModelInfo:
         raise
     except (ValueError, TypeError, KeyError, AttributeError):
         pass  # not the hub's JSON: a proxy's log-in page, another kind of server
-    raise CheckpointError(
-        f"{repo_id}: {constants.ENDPOINT} (HF_ENDPOINT) does not answer as a Hugging Face hub: "
-        "found no list of the repo's files"
-    )
+    raise CheckpointError(f"{repo_id}: {constants.ENDPOINT} {_NO_HUB}")
 
 
 def _weight_files(
@@ -107,14 +108,11 @@ def _weight_files(
             f"{_SINGLE}, or {_INDEX} and its files. Convert it where you trust it: "
             "AutoModelForCausalLM.from_pretrained(repo).save_pretrained(new_folder)"
         )
-    hint = ". Its .gguf files: download one and name it" if _any_gguf(files) else ""
+    is_gguf = any(name.endswith(".gguf") for name in files)
+    hint = ", or one of its .gguf files, downloaded and named by its path" if is_gguf else ""
     raise CheckpointError(
         f"{repo_id}: no weights in the repo; accepted: {_SINGLE}, or {_INDEX} and its files{hint}"
     )
-
-
-def _any_gguf(files: dict[str, RepoSibling]) -> bool:
-    return any(name.endswith(".gguf") for name in files)
 
 
 def _indexed_files(index: Path) -> list[str]:
@@ -177,9 +175,9 @@ def _cached_folder(repo_id: str, err: Exception) -> Path:
             return folder
         lacks = f"{_some(missing)} of {repo_id} not in the cache {constants.HF_HUB_CACHE}"
     else:
-        lacks = f"{repo_id} is not in the cache {constants.HF_HUB_CACHE}"
-    is_refusal = 400 <= _status(err) < 500 and _status(err) != 429
-    raise CheckpointError(_explain(repo_id, err) + ("" if is_refusal else f"; {lacks}")) from None
+        lacks = f"{repo_id}: no such folder, and not in the cache {constants.HF_HUB_CACHE}"
+    why = _explain(repo_id, err)
+    raise CheckpointError(why if _status(err) else f"{why}; {lacks}") from None
 
 
 # Errors
@@ -221,10 +219,15 @@ def _explain(repo_id: str, err: Exception) -> str:
     if status == 429:
         wait = err.response.headers.get("Retry-After", "")
         when = f"in {wait} s" if wait.isdigit() else "later"
-        return f"{repo_id}: {endpoint} had too many requests (429): try again {when}, or {log_in}"
+        return (
+            f"{repo_id}: too many requests for {endpoint} (429): try again {when}; "
+            f"it may allow you more: {log_in}"
+        )
     if status:
         what = getattr(err, "server_message", None) or "no reason given"
         return f"{repo_id}: {endpoint} answered with HTTP {status}: {_one_line(what)}"
+    if isinstance(err, errors.FileMetadataError):
+        return f"{repo_id}: {endpoint} {_NO_HUB}"
     if isinstance(err, OSError) and err.strerror and not isinstance(err, ConnectionError):
         return f"{repo_id}: {err.filename or constants.HF_HUB_CACHE}: {err.strerror}"
     if isinstance(err, OSError) and not isinstance(err, ConnectionError | errors.HTTPError):

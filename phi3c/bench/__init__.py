@@ -1,0 +1,1 @@
+"""How fast an artifact is, and how far that is from what the machine can do."""

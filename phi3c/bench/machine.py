@@ -1,0 +1,108 @@
+"""What this machine can do: read bandwidth, int8 products, and who else is using it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tvm
+
+from ..kernels.cpu.calibration import DOTS, READ_LANES, STREAMS, int8_products, read_stream
+from ..runtime.threads import use_threads
+from ..targets import parse_target
+
+_READ_BYTES = 1 << 30  # far more than any cache
+_STEPS = 200_000
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Median over runs. read: bytes/s of a streaming read; int8: multiplications and additions/s
+    of the instruction that the kernels use, with operands in cache.
+    """
+
+    read: float
+    int8: float
+
+
+def measure_rates(threads: int, runs: int = 5) -> Rates:
+    """With a pool of `threads` threads."""
+    place = parse_target("cpu")
+    dot = place.kernels.isa.dot.for_bits(4)
+    use_threads(threads)
+    read = _build(read_stream(threads), place.tvm_target)
+    rows = _READ_BYTES // (4 * threads * STREAMS * READ_LANES)
+    x = tvm.runtime.tensor(np.ones((threads, rows, STREAMS, READ_LANES), np.float32))
+    sums = tvm.runtime.tensor(np.zeros((threads, STREAMS, READ_LANES), np.float32))
+    read_seconds = [_timed(read, x, sums) for _ in range(runs + 1)][1:]
+    multiply = _build(int8_products(place.kernels.isa, threads), place.tvm_target)
+    arguments = [
+        np.full((8, dot.lanes), 0x01020304, np.uint32),
+        np.full(8, 0x01010101, np.int32),
+        np.zeros(_STEPS, np.int8),
+        np.zeros((threads, DOTS * dot.acc_len), dot.acc_dtype),
+    ]
+    arguments = [tvm.runtime.tensor(a) for a in arguments]
+    int8_seconds = [_timed(multiply, *arguments) for _ in range(runs + 1)][1:]
+    operations = 2 * 4 * dot.lanes * DOTS * 8 * _STEPS * threads
+    return Rates(
+        read=rows * threads * STREAMS * READ_LANES * 4 / statistics.median(read_seconds),
+        int8=operations / statistics.median(int8_seconds),
+    )
+
+
+def _build(kernel: tvm.tirx.PrimFunc, target: tvm.target.Target):
+    module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=target)["main"]
+
+
+def _timed(function, *arguments) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+class Others:
+    """The share of the machine's CPU time that other processes took since it was made."""
+
+    def __init__(self):
+        self._start = self._now()
+
+    def share(self) -> float | None:
+        """0 … 1; None where the system does not say (not Linux)."""
+        if self._start is None:
+            return None
+        busy, own, total = (b - a for a, b in zip(self._start, self._now(), strict=True))
+        return max(0.0, busy - own) / total if total else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds of all CPUs that were busy, of this process, and in all."""
+        try:
+            fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, idle, iowait, irq, softirq, steal = map(int, fields)
+        tick = os.sysconf("SC_CLK_TCK")
+        busy = (user + nice + system + irq + softirq + steal) / tick
+        own = sum(os.times()[:2])
+        return busy, own, busy + (idle + iowait) / tick
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes. peak: the most that was resident; of what is now, anonymous and mapped from files."""
+    names = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
+    found = {}
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key in names:
+            found[names[key]] = int(value.split()[0]) * 1024
+    return found
