@@ -29,7 +29,6 @@ import tasks
 import phi3c
 from phi3c.config import Phi3Config
 from phi3c.engine.tokenizer import Tokenizer
-from phi3c.quantization.group import rounded_activations
 from phi3c.quantization.scheme import SCHEMES, Scheme, parse_scheme
 from phi3c.runtime.compiled import CompiledPhi3
 from phi3c.weights import checkpoint_shapes
@@ -105,8 +104,7 @@ def layer_costs(schemes: list[Scheme], rows: int, seed: int) -> dict[str, dict[s
             kind = scheme.kind(name)
             if kind not in rounded:
                 rounded = {kind: scheme.rounded(name, weight)}
-            inputs = rounded_activations(x) if scheme.int8_activations else x
-            error = inputs @ rounded[kind].T - exact
+            error = scheme.inputs(x) @ rounded[kind].T - exact
             costs[scheme.name][linear] = float(np.linalg.norm(error) / np.linalg.norm(exact))
     return costs
 

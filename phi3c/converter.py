@@ -106,9 +106,10 @@ class Reuse:
     """Of weights that are converted already: the same file, linked where the disk is the same."""
 
     def __init__(self, source: ConvertedFolder, scheme: Scheme, kernels: CpuKernels):
-        self._source, self._weights = source, source.converted
+        self._source, self._scheme, self._weights = source, scheme, source.converted
         manifest = self._weights.manifest
-        if scheme.name != manifest.quantization:
+        converted = parse_scheme(manifest.quantization)
+        if (scheme.linear, scheme.vocabulary) != (converted.linear, converted.vocabulary):
             raise SchemeError(
                 f"quantization: found {scheme.name!r}; accepted: {manifest.quantization}, which "
                 f"{source.path} was converted to"
@@ -131,4 +132,5 @@ class Reuse:
             shutil.copyfile(self._weights.parameters, folder / PARAMETERS)
         write_text_files(folder, self._source.text_files())
         progress("weights", 1, 1)
-        return {f.name: getattr(self._weights.manifest, f.name) for f in fields(WeightsManifest)}
+        kept = {f.name: getattr(self._weights.manifest, f.name) for f in fields(WeightsManifest)}
+        return kept | {"quantization": self._scheme.name}

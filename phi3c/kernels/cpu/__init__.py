@@ -91,7 +91,7 @@ class CpuKernels:
 
     @cache  # noqa: B019
     def quantize_rows(self, features: int, zero: int) -> tirx.PrimFunc:
-        return quantize_rows(features, zero)
+        return quantize_rows(features, zero, self.isa.int8_rows)
 
     @cache  # noqa: B019
     def int8_linear(

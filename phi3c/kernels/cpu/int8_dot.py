@@ -31,8 +31,12 @@ class Vpdpbusd:
             T.reinterpret(octets, T.broadcast(a, self.lanes)),
         )
 
-    def finish(self, acc):
-        """The accumulator as int32x<lanes>."""
+    def start(self, offset):
+        """The accumulator before the first step; offset: an int32 to be added to the sum."""
+        return T.broadcast(offset, self.lanes)
+
+    def finish(self, acc, offset):
+        """The sum with its offset, as int32x<lanes>."""
         return acc
 
     def for_bits(self, bits: int) -> Dot:
@@ -60,8 +64,11 @@ class Pmaddubsw:
             T.reinterpret(octets, T.broadcast(a, self.lanes)),
         )
 
-    def finish(self, acc):
-        return T.call_llvm_pure_intrin(
+    def start(self, offset):
+        return T.broadcast(T.int16(0), self.acc_len)
+
+    def finish(self, acc, offset):
+        return T.broadcast(offset, self.lanes) + T.call_llvm_pure_intrin(
             f"int32x{self.lanes}",
             "llvm.x86.avx2.pmadd.wd",
             acc,
@@ -97,7 +104,10 @@ class PlainDot:
             )
         return acc
 
-    def finish(self, acc):
+    def start(self, offset):
+        return T.broadcast(offset, self.lanes)
+
+    def finish(self, acc, offset):
         return acc
 
     def for_bits(self, bits: int) -> Dot:

@@ -5,8 +5,9 @@ from tvm.script import tirx as T
 from ..root import hand_scheduled
 from .int8_dot import Dot
 from .layout import GROUP, PANEL, group_shapes
+from .quantize import slot
 
-ROW_BLOCK = 64  # rows that share one unpacked group of weights
+ROW_BLOCK = 64  # rows whose sums are in the cache together
 _QUADS = GROUP // 4
 
 
@@ -44,8 +45,8 @@ def int8_linear(
     """a `[m, groups, 8]` i32, a_scale `[m, groups]` f32, offset `[m, groups]` i32 (quantize.py),
     q, scale (layout.group_shapes), (residual `[m, out]` f32) → `[m, out]` f32.
 
-    One row streams the weights through registers (decode is bound by reading them). More rows share
-    a group unpacked into L1, in register tiles of tile_rows × 16 columns.
+    One row streams the weights through registers (decode is bound by reading them). More rows pass,
+    tile_rows at a time, over the weights of a group that were unpacked into registers.
     """
     q_shape, scale_shape = group_shapes(out_features, in_features, bits)
     n_panels, n_groups = q_shape[:2]
@@ -53,6 +54,7 @@ def int8_linear(
     lanes = dot.lanes
     parts = side * PANEL // lanes  # vectors across a task's columns
     acc_len, acc_dtype = dot.acc_len, dot.acc_dtype
+    row_block = ROW_BLOCK // tile_rows * tile_rows
     tail = out_features % PANEL
 
     @T.inline
@@ -71,14 +73,15 @@ def int8_linear(
                     O[row, col + v] = F[at, j * PANEL + v]
 
     @T.inline
-    def one_row(A, AS, AZ, W, S, F, p, row):
+    def one_row(A, AS, AZ, W, S, F, p, first):
         acc = T.alloc_buffer((parts * lanes,), "float32")
         for i in T.unroll(parts):
             acc[T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
         for g in T.serial(n_groups):
+            at: T.let = slot(first, 1, n_groups, g, 0)
             h = T.alloc_buffer((parts * acc_len,), acc_dtype)
             for i in T.unroll(parts):
-                h[T.ramp(i * acc_len, 1, acc_len)] = T.broadcast(T.Cast(acc_dtype, 0), acc_len)
+                h[T.ramp(i * acc_len, 1, acc_len)] = dot.start(AZ[at])
             for t in T.unroll(_QUADS):
                 for i in T.unroll(parts):
                     w = T.meta_var(
@@ -93,7 +96,7 @@ def int8_linear(
                         )
                     )
                     h[T.ramp(i * acc_len, 1, acc_len)] = dot.step(
-                        h[T.ramp(i * acc_len, 1, acc_len)], w, A[row, g, t]
+                        h[T.ramp(i * acc_len, 1, acc_len)], w, A[at, t]
                     )
             for i in T.unroll(parts):
                 s = T.meta_var(
@@ -103,77 +106,66 @@ def int8_linear(
                         T.ramp(i * lanes % PANEL, 1, lanes),
                     ]
                 )
-                total = T.meta_var(
-                    dot.finish(h[T.ramp(i * acc_len, 1, acc_len)]) - T.broadcast(AZ[row, g], lanes)
-                )
+                total = T.meta_var(dot.finish(h[T.ramp(i * acc_len, 1, acc_len)], AZ[at]))
                 acc[T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
-                    T.Cast(f"float32x{lanes}", s) * T.broadcast(AS[row, g], lanes)
+                    T.Cast(f"float32x{lanes}", s) * T.broadcast(AS[at], lanes)
                 )
         for i in T.unroll(parts):
             F[0, T.ramp(i * lanes, 1, lanes)] = acc[T.ramp(i * lanes, 1, lanes)]
 
     @T.inline
-    def tile(A, AS, AZ, U, SU, F, g, row, at, n_rows):
-        for i in T.serial(parts):
-            h = T.alloc_buffer((n_rows * acc_len,), acc_dtype)
+    def tile(A, AS, AZ, w, scale, F, i, at, row, n_rows):
+        """at: slot of the first of the rows; row: in F."""
+        h = T.alloc_buffer((n_rows * acc_len,), acc_dtype)
+        for r in T.unroll(n_rows):
+            h[T.ramp(r * acc_len, 1, acc_len)] = dot.start(AZ[at + r])
+        for t in T.unroll(_QUADS):
             for r in T.unroll(n_rows):
-                h[T.ramp(r * acc_len, 1, acc_len)] = T.broadcast(T.Cast(acc_dtype, 0), acc_len)
-            for t in T.unroll(_QUADS):
-                for r in T.unroll(n_rows):
-                    h[T.ramp(r * acc_len, 1, acc_len)] = dot.step(
-                        h[T.ramp(r * acc_len, 1, acc_len)],
-                        U[t, T.ramp(i * lanes, 1, lanes)],
-                        A[row + r, g, t],
-                    )
-            for r in T.unroll(n_rows):
-                total = T.meta_var(
-                    dot.finish(h[T.ramp(r * acc_len, 1, acc_len)])
-                    - T.broadcast(AZ[row + r, g], lanes)
+                h[T.ramp(r * acc_len, 1, acc_len)] = dot.step(
+                    h[T.ramp(r * acc_len, 1, acc_len)], w[T.ramp(t * lanes, 1, lanes)], A[at + r, t]
                 )
-                F[at + r, T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
-                    SU[T.ramp(i * lanes, 1, lanes)] * T.broadcast(AS[row + r, g], lanes)
-                )
+        for r in T.unroll(n_rows):
+            total = T.meta_var(dot.finish(h[T.ramp(r * acc_len, 1, acc_len)], AZ[at + r]))
+            F[row + r, T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
+                scale[T.ramp(0, 1, lanes)] * T.broadcast(AS[at + r], lanes)
+            )
 
     @T.inline
     def many_rows(A, AS, AZ, W, S, F, p, start, count):
-        U = T.alloc_buffer((_QUADS, side * PANEL), "uint32")
-        SU = T.alloc_buffer((side * PANEL,), "float32")
         for r in T.serial(count):
             for i in T.unroll(parts):
                 F[r, T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
         for g in T.serial(n_groups):
-            for i in T.unroll(parts):
-                SU[T.ramp(i * lanes, 1, lanes)] = T.Cast(
-                    f"float32x{lanes}",
-                    S[
-                        p * side + i * lanes // PANEL,
-                        g,
-                        T.ramp(i * lanes % PANEL, 1, lanes),
-                    ],
-                )
+            for i in T.serial(parts):
+                # Registers: a group's weights stay there while all rows pass.
+                w = T.alloc_buffer((_QUADS * lanes,), "uint32")
+                scale = T.alloc_buffer((lanes,), "float32")
+                panel: T.let = p * side + i * lanes // PANEL
+                column: T.let = i * lanes % PANEL
                 for t in T.unroll(_QUADS):
-                    U[t, T.ramp(i * lanes, 1, lanes)] = _quad(
-                        W,
-                        p * side + i * lanes // PANEL,
-                        g,
-                        t,
-                        i * lanes % PANEL,
-                        bits,
-                        lanes,
-                    )
-            for k in T.serial(count // tile_rows):
-                tile(A, AS, AZ, U, SU, F, g, start + k * tile_rows, k * tile_rows, tile_rows)
-            for k in T.serial(count % tile_rows):
-                at = T.meta_var(count // tile_rows * tile_rows + k)
-                tile(A, AS, AZ, U, SU, F, g, start + at, at, 1)
+                    w[T.ramp(t * lanes, 1, lanes)] = _quad(W, panel, g, t, column, bits, lanes)
+                scale[T.ramp(0, 1, lanes)] = T.Cast(
+                    f"float32x{lanes}", S[panel, g, T.ramp(column, 1, lanes)]
+                )
+                for k in T.serial(count // tile_rows):
+                    row: T.let = k * tile_rows
+                    at: T.let = slot(start + row, tile_rows, n_groups, g, 0)
+                    tile(A, AS, AZ, w, scale, F, i, at, row, tile_rows)
+                left: T.let = count % tile_rows
+                last: T.let = slot(start + count - left, left, n_groups, g, 0)
+                for k in T.serial(left):
+                    tile(A, AS, AZ, w, scale, F, i, last + k, count - left + k, 1)
 
     @T.inline
-    def body(A, AS, AZ, W, S, R, O, m):
+    def body(rows_a, rows_scale, rows_offset, W, S, R, O, m):
+        A = T.decl_buffer((m * n_groups, _QUADS), "int32", data=rows_a.data)
+        AS = T.decl_buffer((m * n_groups,), "float32", data=rows_scale.data)
+        AZ = T.decl_buffer((m * n_groups,), "int32", data=rows_offset.data)
         for p in T.parallel(n_panels // side):
-            F = T.alloc_buffer((ROW_BLOCK, side * PANEL), "float32")
-            for block in T.serial((m + ROW_BLOCK - 1) // ROW_BLOCK):
-                start: T.let = block * ROW_BLOCK
-                count: T.let = T.min(m - start, ROW_BLOCK)
+            F = T.alloc_buffer((row_block, side * PANEL), "float32")
+            for block in T.serial((m + row_block - 1) // row_block):
+                start: T.let = block * row_block
+                count: T.let = T.min(m - start, row_block)
                 if count == 1:
                     one_row(A, AS, AZ, W, S, F, p, start)
                 else:
