@@ -13,6 +13,7 @@ same inputs give the same bytes. How a folder is put into its place: output_fold
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,9 @@ MANIFEST = "manifest.json"
 WEIGHTS_MANIFEST = "weights.json"
 LIBRARY = "model.so"
 PARAMETERS = "params.safetensors"
+_PACKAGE = "__init__.py"
+# All that a folder of ours may hold; Python adds its cache where one is imported.
+FILES = {*TEXT_FILES, MANIFEST, WEIGHTS_MANIFEST, LIBRARY, PARAMETERS, _PACKAGE, "__pycache__"}
 
 _INIT = '''"""A model compiled by phi3c. `load()` gives a CompiledPhi3, `model` one made once."""
 
@@ -56,6 +60,7 @@ class ConvertedWeights:
     """Weights on disk in a target's layout, whose manifest has been read."""
 
     MANIFEST: ClassVar[str] = WEIGHTS_MANIFEST
+    _FILES: ClassVar[set[str]] = {WEIGHTS_MANIFEST, PARAMETERS}
 
     path: Path
     manifest: WeightsManifest
@@ -77,8 +82,12 @@ class ConvertedWeights:
     def check_integrity(self) -> None:
         """Raises ArtifactError unless every file is byte for byte what was written.
 
-        Names the parameter where it is one of the parameters that has changed.
+        Names the parameter where it is one of the parameters that has changed, and a file that was
+        not written.
         """
+        own = {*self.manifest.files, *self._FILES, "__pycache__"}
+        if foreign := sorted({file.name for file in self.path.iterdir()} - own):
+            raise ArtifactError(f"{self.path / foreign[0]}: no part of what was written")
         for name, digest in self.manifest.files.items():
             _check_file(self.path / name, digest)
         for info, array in zip(
@@ -106,6 +115,7 @@ class Artifact(ConvertedWeights):
     """An artifact on disk whose manifest has been read."""
 
     MANIFEST: ClassVar[str] = MANIFEST
+    _FILES: ClassVar[set[str]] = {MANIFEST, PARAMETERS, LIBRARY, _PACKAGE}
 
     manifest: Manifest
 
@@ -125,7 +135,20 @@ class Artifact(ConvertedWeights):
 
     def check_integrity(self) -> None:
         self.check_library()
+        _check_file(self.path / _PACKAGE, _sha256(_INIT.encode()))
         super().check_integrity()
+
+
+def manifest_name(folder: Path) -> str | None:
+    """The name of the manifest if the folder is one of ours, whole or not; else None."""
+    for name, kind in ((MANIFEST, Manifest), (WEIGHTS_MANIFEST, WeightsManifest)):
+        try:
+            found = json.loads((folder / name).read_text())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and found.get("format") == kind.FORMAT:
+            return name
+    return None
 
 
 def file_sha256(path: Path) -> str:
@@ -147,7 +170,7 @@ def write_text_files(folder: Path, files: dict[str, bytes]) -> dict[str, str]:
 def write_manifest(folder: Path, manifest: WeightsManifest) -> None:
     """The last file of a folder: it is whole when this is there."""
     if isinstance(manifest, Manifest):
-        (folder / "__init__.py").write_text(_INIT)
+        (folder / _PACKAGE).write_text(_INIT)
         (folder / MANIFEST).write_text(manifest.to_json())
     else:
         (folder / WEIGHTS_MANIFEST).write_text(manifest.to_json())

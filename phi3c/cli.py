@@ -1,7 +1,8 @@
 """The command line: `phi3c compile | convert | generate | chat | inspect | bench | verify`.
 
 One function per command; each imports what it needs, so that `--help` is fast. Exit codes: 0 done,
-1 failed (disk full, a wrong artifact, a bug), 2 asked for something impossible, 130 interrupted.
+1 failed (this system cannot do it now, `verify` found wrong logits, a bug), 2 refused (a mistake in
+what was asked, a file that is not what it should be), 130 interrupted, 143 terminated.
 Errors are one line on stderr; --verbose puts the traceback before it. This is the only module that
 reads the environment.
 """
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         verbose = args.verbose
+        if args.json or args.quiet:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before the library reads it
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal without the answer's letters
         code = args.run(args)
@@ -82,7 +85,7 @@ def _compile(args: argparse.Namespace) -> int:
     from .describe import human_size
 
     start = time.perf_counter()
-    options = _given(args, (*_COMPILE_OPTIONS, "seed"))
+    options = _given(args, (*_COMPILE_OPTIONS, "seed")) | _converted_scheme(args)
     with _progress(args) as progress:
         artifact = compile(args.source, output=args.output, progress=progress, **options)
     seconds = time.perf_counter() - start
@@ -175,11 +178,12 @@ def _chat(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from .artifact import Artifact
     from .describe import artifact_facts, render
+    from .memory import default_cache_tokens
 
     artifact = Artifact.open(Path(args.artifact).expanduser())
     tokens = args.max_total_seq_len
     if tokens is None:
-        tokens = artifact.manifest.limits.context_length
+        tokens = default_cache_tokens(artifact.manifest.limits)
     if tokens < 1:
         raise InputError(f"--max-total-seq-len: found {tokens}; accepted: 1 or more")
     facts = artifact_facts(artifact, tokens)
@@ -211,6 +215,16 @@ def _verify(args: argparse.Namespace) -> int:
         )
     print(json.dumps(asdict(report) | {"ok": report.ok}) if args.json else render_report(report))
     return 0 if report.ok else 1
+
+
+def _converted_scheme(args: argparse.Namespace) -> dict[str, str]:
+    """The scheme of weights that are converted already, unless one was asked for."""
+    from .artifact import WEIGHTS_MANIFEST, ConvertedWeights, manifest_name
+
+    folder = Path(args.source).expanduser()
+    if args.quantization is not None or manifest_name(folder) != WEIGHTS_MANIFEST:
+        return {}
+    return {"quantization": ConvertedWeights.open(folder).manifest.quantization}
 
 
 def _folder_size(folder: Path) -> int:
@@ -437,14 +451,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("-o", "--output", required=True, metavar="DIR")
     _add_compile_options(made)
-    made.add_argument("--seed", type=int, help="of random weights (0)")
+    made.add_argument("--seed", type=_seed, help="of random weights (0)")
 
     made = command("convert", _convert, "convert weights alone, to compile from later")
     made.add_argument("source", help="checkpoint folder, .gguf file, repo id, or config .json")
     made.add_argument("-o", "--output", required=True, metavar="DIR")
     made.add_argument("--quantization", metavar="SCHEME", help="weight scheme (q4f16_1)")
     made.add_argument("--target", help="whose kernels will read them (cpu)")
-    made.add_argument("--seed", type=int, help="of random weights (0)")
+    made.add_argument("--seed", type=_seed, help="of random weights (0)")
 
     made = command("generate", _generate, "answer one prompt")
     prompt = made.add_mutually_exclusive_group(required=True)
@@ -485,6 +499,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--oracle", help="transformers or numpy (transformers if installed)")
     made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
     return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: 0 and up")
+    return int(text)
 
 
 def _numbers(text: str) -> list[int]:

@@ -15,11 +15,11 @@ from tvm.support.cc import get_cc
 
 from .artifact import LIBRARY, Artifact, file_sha256, write_manifest
 from .config import Phi3Config
-from .converter import Progress, weights_work
+from .converter import Progress, check_config, weights_work
 from .errors import ConfigError, TargetError
 from .manifest import FunctionInfo, KVLayout, Limits, Manifest, TargetInfo, TensorSpec
 from .model.phi3 import Phi3ForCausalLM
-from .output_folder import new_folder
+from .output_folder import check_output, new_folder
 from .passes.workspace import workspace_bytes
 from .pipeline import apply, finalize_passes, plan_passes
 from .quantization.scheme import Scheme, parse_scheme
@@ -60,11 +60,20 @@ def compile(
     output = Path(output)
     scheme = parse_scheme(quantization)
     place = parse_target(target)
-    found = resolve_source(source, seed)
-    limits = _limits(found.config, max_batch_size, context_length, prefill_chunk_size)
     if max_loras:
         raise ConfigError(f"max_loras: found {max_loras}; accepted: 0 (no adapters yet)")
-    work = weights_work(found, scheme, place.kernels, output)
+    check_output(output)
+
+    def limits_of(config: Phi3Config) -> Limits:
+        return _limits(config, max_batch_size, context_length, prefill_chunk_size)
+
+    def accept(config: Phi3Config) -> None:
+        limits_of(config)
+        check_config(config, scheme, place.kernels, output)
+
+    found = resolve_source(source, seed, accept)
+    limits = limits_of(found.config)
+    work = weights_work(found, scheme, place.kernels)
     with new_folder(output) as folder:
         report("lower", 0, 1)
         library = compile_library(found.config, scheme, place, limits, folder / LIBRARY)

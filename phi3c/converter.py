@@ -16,6 +16,7 @@ from .artifact import (
     write_manifest,
     write_text_files,
 )
+from .config import Phi3Config
 from .errors import ArtifactError, SchemeError
 from .kernels.cpu import CpuKernels
 from .manifest import WeightsManifest
@@ -52,35 +53,40 @@ def convert(
     report = progress or (lambda stage, done, total: None)
     output = Path(output)
     scheme, kernels = parse_scheme(quantization), parse_target(target).kernels
-    work = weights_work(resolve_source(source, seed), scheme, kernels, output)
+    check_output(output)
+    found = resolve_source(
+        source, seed, lambda config: check_config(config, scheme, kernels, output)
+    )
+    work = weights_work(found, scheme, kernels)
     with new_folder(output) as folder:
         write_manifest(folder, WeightsManifest(**work.write(folder, report)))
     return ConvertedWeights.open(output)
 
 
-def weights_work(
-    source: Source, scheme: Scheme, kernels: CpuKernels, output: Path
-) -> Conversion | Reuse:
-    """What puts a source's weights into a new folder at `output`, checked as far as it can be.
+def check_config(config: Phi3Config, scheme: Scheme, kernels: CpuKernels, output: Path) -> None:
+    """Raises SchemeError, and ArtifactError if the disk is too small."""
+    specs = parameter_specs(config, scheme, kernels)
+    check_space(output, sum(tensor_bytes(shape, dtype) for _, shape, dtype in specs) + _ROOM)
+
+
+def weights_work(source: Source, scheme: Scheme, kernels: CpuKernels) -> Conversion | Reuse:
+    """What puts a source's weights into a new folder, checked as far as it can be.
 
     Raises CheckpointError, SchemeError, ArtifactError.
     """
-    check_output(output)
     if isinstance(source, ConvertedFolder):
         return Reuse(source, scheme, kernels)
-    return Conversion(source, scheme, kernels, output)
+    return Conversion(source, scheme, kernels)
 
 
 class Conversion:
     """Of a source's tensors to a scheme, in the kernels' layout."""
 
-    def __init__(self, source: Source, scheme: Scheme, kernels: CpuKernels, output: Path):
+    def __init__(self, source: Source, scheme: Scheme, kernels: CpuKernels):
         self._config, self._scheme, self._kernels = source.config, scheme, kernels
         self._specs = parameter_specs(source.config, scheme, kernels)
         self._weights = source.weights()
         self._text_files = source.text_files()
-        parameters = sum(tensor_bytes(shape, dtype) for _, shape, dtype in self._specs)
-        check_space(output, parameters + _ROOM)
 
     def write(self, folder: Path, progress: Progress) -> dict[str, Any]:
         """Writes parameters and text files; returns the fields of a WeightsManifest."""

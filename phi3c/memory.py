@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .manifest import KVLayout, Manifest, WeightsManifest
+from .manifest import KVLayout, Limits, Manifest, WeightsManifest
 from .tensor_file import tensor_bytes
 
 
@@ -42,3 +42,13 @@ def weights_bytes(manifest: WeightsManifest) -> int:
 def kv_bytes(layout: KVLayout, max_total_seq_len: int, page_size: int) -> int:
     """Of the pages of `page_size` tokens that hold max_total_seq_len tokens."""
     return -(-max_total_seq_len // page_size) * page_size * layout.bytes_per_token
+
+
+def default_cache_tokens(limits: Limits) -> int:
+    """Tokens that a KV cache holds if nothing else is asked for."""
+    return min(8192, limits.max_batch_size * limits.context_length)
+
+
+def in_units(size: int) -> str:
+    """7.64 GB; small sizes in MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -127,7 +127,7 @@ def _misfit(entry: object, start: int, offset: int) -> str | None:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "not a tensor's entry: dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _TO_NUMPY:
+    if not isinstance(dtype, str) or dtype not in _TO_NUMPY:
         return f"dtype: found {dtype!r}; accepted: {', '.join(_TO_NUMPY)}"
     if not isinstance(shape, list) or not all(type(x) is int and x >= 0 for x in shape):
         return f"shape: found {shape!r}; accepted: a list of sizes"

@@ -24,7 +24,7 @@ from .errors import CheckpointError, InputError
 from .quantization.scheme import Scheme, parse_scheme
 from .reference import reference_logits
 from .runtime.compiled import load
-from .sources import CheckpointFolder, ConfigFile, Source, resolve_source
+from .sources import ConfigFile, Source, resolve_source
 
 REACH = 4  # tokens on either side of a boundary
 SMALL_CHUNK = 7
@@ -79,7 +79,7 @@ def check_integrity(path: Path) -> Sums:
     is_weights = (path / WEIGHTS_MANIFEST).is_file() and not (path / MANIFEST).is_file()
     found = ConvertedWeights.open(path) if is_weights else Artifact.open(path)
     found.check_integrity()
-    files = [file for file in found.path.iterdir() if file.is_file()]
+    files = [file for file in found.path.iterdir() if file.is_file()]  # all are known
     return Sums(str(path), len(files), sum(file.stat().st_size for file in files))
 
 
@@ -218,20 +218,12 @@ def _transformers_oracle(source: Source, scheme: Scheme) -> Oracle:
     import torch
     import transformers
 
+    rounded = _rounded(source, scheme)
     with _quiet(transformers), torch.no_grad():
-        # Not the file's own form: transformers does not read every form that checkpoints use.
-        config = transformers.Phi3Config(**source.config.to_dict())
-        if isinstance(source, CheckpointFolder):  # by its own reader
-            model = transformers.Phi3ForCausalLM.from_pretrained(
-                source.path, config=config, dtype=torch.float32, attn_implementation="sdpa"
-            )
-            for name, parameter in model.named_parameters():
-                parameter.copy_(torch.from_numpy(scheme.rounded(name, parameter.numpy())))
-        else:
-            model = transformers.Phi3ForCausalLM(config)
-            rounded = _rounded(source, scheme)
-            for name, parameter in model.named_parameters():
-                parameter.copy_(torch.from_numpy(rounded(name)))
+        # Our own reader's weights: transformers' may choose other files of a folder, even pickles.
+        model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**source.config.to_dict()))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(rounded(name)))
     model.eval()
 
     @torch.no_grad()

@@ -84,7 +84,7 @@ class Checkpoint(Weights):
         tied_head: Path | None = None
         for path in _weight_files(self.folder):
             with _open(path) as file:
-                for name in file.keys():
+                for name in _names(path):
                     if name.endswith(".rotary_emb.inv_freq"):
                         continue  # a buffer of old checkpoints; the config says the same
                     if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -116,9 +116,15 @@ class Checkpoint(Weights):
             )
 
     def _check_tied(self, head_path: Path, embed_path: Path) -> None:
+        rows, step = self.shapes["model.embed_tokens.weight"][0], 4096
         with _open(head_path) as head, _open(embed_path) as embed:
-            same = np.array_equal(
-                head.get_tensor("lm_head.weight"), embed.get_tensor("model.embed_tokens.weight")
+            one, other = (
+                head.get_slice("lm_head.weight"),
+                embed.get_slice("model.embed_tokens.weight"),
+            )
+            same = one.get_shape() == other.get_shape() and all(
+                np.array_equal(one[at : min(at + step, rows)], other[at : min(at + step, rows)])
+                for at in range(0, rows, step)
             )
         if not same:
             raise CheckpointError(
@@ -161,15 +167,29 @@ def _open(path: Path):
         raise CheckpointError(f"{path}: not a whole safetensors file ({err})") from None
 
 
+def _names(path: Path) -> list[str]:
+    """Of all tensors in the header, twice what is there twice; safetensors takes the last."""
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    names: list[str] = []
+
+    def seen(pairs: list[tuple[str, object]]) -> dict:
+        names[:] = [name for name, _ in pairs]  # the outermost object comes last
+        return dict(pairs)
+
+    json.loads(header, object_pairs_hook=seen)
+    return [name for name in names if name != "__metadata__"]
+
+
 def _weight_files(folder: Path) -> Iterator[Path]:
     index = folder / _INDEX
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{index}: not a weight index (no weight_map)") from None
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name == "..":
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise CheckpointError(
                     f"{index}: found file {name!r}; accepted: names in the folder"
                 )

@@ -5,6 +5,7 @@ Tests of whole artifacts share two compilations of the same model.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -518,7 +519,7 @@ def test_an_old_artifact_survives_a_failed_replacement(artifact):
     before = {p.name: p.read_bytes() for p in artifact.path.iterdir()}
     with pytest.raises(RuntimeError):
         with new_folder(artifact.path) as folder:
-            (folder / MANIFEST).write_text("new")
+            (folder / "new").write_text("new")
             raise RuntimeError
     assert {p.name: p.read_bytes() for p in artifact.path.iterdir()} == before
     assert [p.name for p in artifact.path.parent.iterdir()] == [artifact.path.name]
@@ -563,3 +564,71 @@ def test_something_else_at_the_output_stops_the_work_before_it_starts(tmp_path):
         with new_folder(tmp_path):
             raise AssertionError("entered")
     assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_what_lies_beside_an_old_artifact_is_not_lost(artifact):
+    (artifact.path / "__pycache__").mkdir()
+    check_output(artifact.path)
+    (artifact.path / "notes.txt").touch()
+    with pytest.raises(ArtifactError, match="holds notes.txt, which would be lost"):
+        check_output(artifact.path)
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "a").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_mount_point_is_no_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(ArtifactError, match="output is a mount point"):
+        check_output(tmp_path)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from phi3c.output_folder import new_folder
+real, renames = Path.rename, []
+def rename(self, target):
+    if len(renames) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    renames.append(target)
+    return real(self, target)
+Path.rename = rename
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "new").touch()
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_an_old_artifact_survives_a_process_killed_while_it_replaces(artifact, renames):
+    """The next one that writes there puts it back, and clears up."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(artifact.path), str(renames)])
+    assert done.returncode == -9
+    assert artifact.path.exists() == (renames == 0)
+    with pytest.raises(RuntimeError):
+        with new_folder(artifact.path):
+            artifact.check_integrity()
+            raise RuntimeError
+    assert [p.name for p in artifact.path.parent.iterdir()] == [artifact.path.name]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match="out: the disk is full"):
+        with new_folder(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "evil.py"])
+def test_code_that_was_not_written_is_found(artifact, name):
+    artifact.check_integrity()
+    with open(artifact.path / name, "a") as file:
+        file.write("print('boo')")
+    with pytest.raises(ArtifactError, match=name):
+        artifact.check_integrity()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,18 @@ def test_a_searched_scale_is_never_worse():
     assert errors[1][:500].sum() < 0.73 * errors[0][:500].sum()
 
 
+def test_a_weight_beyond_float16_is_one_line(tmp_path):
+    class Huge(RandomWeights):
+        def rows(self, name, start, stop):
+            return super().rows(name, start, stop) * np.float32(1e30)
+
+    for name in ("q4f16_1", "q4f16_hq", "q0f16"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(SchemeError, match="beyond the float16 of"):
+                converted(Huge(CONFIG, 0), CONFIG, name)
+
+
 # Weights alone
 
 
@@ -278,7 +291,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(tmp_path, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     monkeypatch.setattr(Checkpoint, "rows", None)
     for make in (phi3c.convert, phi3c.compile):
-        with pytest.raises(ArtifactError, match=r"x: needs 0.07 GB of disk; found 0.00 GB free in"):
+        with pytest.raises(ArtifactError, match=r"x: needs 6.* MB of disk; found 1.00 MB free"):
             make(TOY, output=tmp_path / "deep" / "x")
     assert not list(tmp_path.iterdir())
     check_space(tmp_path / "x", 10**6)
@@ -340,8 +353,10 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path):
 
 def test_the_working_folder_is_no_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match="output is the working folder"):
+    with pytest.raises(ArtifactError, match="output is or holds the working folder"):
         phi3c.convert(TOY, output=".")
+    with pytest.raises(ArtifactError, match="working folder"):
+        phi3c.convert(TOY, output="..")
 
 
 # The memory
@@ -367,13 +382,18 @@ def test_what_the_machine_cannot_hold_is_not_loaded(toy_artifact, monkeypatch):
     need = memory(toy_artifact.manifest, 0)
     monkeypatch.setattr(host, "available_memory", lambda: need.total - 1)
     with pytest.raises(
-        OutOfMemoryError, match=r"needs 0.00 GB of memory \(weights .*, workspace .*\); found 0.00"
+        OutOfMemoryError, match=r"needs .* of memory \(weights .*, workspace .*\); found .* MB"
     ):
         phi3c.load(toy_artifact.path)
     monkeypatch.setattr(host, "available_memory", lambda: need.total)
     model = phi3c.load(toy_artifact.path)
-    with pytest.raises(OutOfMemoryError, match="KV cache for 10000000 tokens: needs 7.68 GB"):
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"KV cache for 10000000 tokens: needs 7.68 GB of memory \(pages 7.68",
+    ):
         model.create_paged_kv_cache(max_total_seq_len=10_000_000)
+    with pytest.raises(OutOfMemoryError, match="weights"):  # together they do not fit
+        model.create_paged_kv_cache(max_total_seq_len=100)
     with pytest.raises(InputError):
         model.create_paged_kv_cache(max_total_seq_len=0)
 
@@ -416,6 +436,8 @@ def test_commands(tmp_path):
     done = phi3c_command("convert", TOY, "-o", tmp_path / "w", "--quantization", "q4f16_hq")
     assert done.returncode == 0 and "q4f16_hq" in done.stdout, done.stderr
     assert (tmp_path / "w" / WEIGHTS_MANIFEST).stat().st_mtime >= start - 1
+    done = phi3c_command("compile", tmp_path / "w", "-o", tmp_path / "a")
+    assert done.returncode == 0 and "q4f16_hq" in done.stdout, done.stderr
     done = phi3c_command("verify", "--integrity", tmp_path / "w")
     assert done.returncode == 0 and "every file is what was written" in done.stdout
     done = phi3c_command("verify", tmp_path / "w")

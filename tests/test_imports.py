@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "tensor_file": {"errors"},
     "manifest": {"config", "errors", "tensor_file"},
     "artifact": {"errors", "manifest", "tensor_file"},
-    "output_folder": {"artifact", "errors", "manifest"},
+    "output_folder": {"artifact", "errors", "memory"},
     "memory": {"manifest", "tensor_file"},
     # compile wing
     "kernels": set(),
@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "weights": {"config", "errors", "quantization"},
     "sources": {"artifact", "config", "errors", "manifest", "quantization", "weights"},
     "packing": {"config", "errors", "kernels", "model", "quantization", "tensor_file", "weights"},
-    "converter": {"artifact", "errors", "kernels", "manifest", "output_folder", "packing"}
+    "converter": {"artifact", "config", "errors", "kernels", "manifest", "output_folder", "packing"}
     | {"quantization", "sources", "targets", "tensor_file"},
     "compiler": {"artifact", "config", "converter", "errors", "manifest", "model", "output_folder"}
     | {"passes", "pipeline", "quantization", "sources", "targets"},
@@ -66,7 +66,17 @@ MAY_IMPORT = {
     "describe": {"artifact", "config", "engine", "errors", "memory", "verify", "weights"},
     "bench": {"errors", "kernels", "manifest", "memory", "runtime", "targets", "tensor_file"},
     "cli": {"", "artifact", "artifact_cache", "bench", "compiler", "config", "converter"}
-    | {"describe", "engine", "errors", "runtime", "serve", "sources", "targets", "verify"},
+    | {
+        "describe",
+        "engine",
+        "errors",
+        "memory",
+        "runtime",
+        "serve",
+        "sources",
+        "targets",
+        "verify",
+    },
     "__main__": {"cli"},
 }
 

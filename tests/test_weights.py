@@ -338,3 +338,15 @@ def test_random_weights_have_the_shapes_and_a_sane_scale():
         assert array.shape == shape and array.dtype == np.float32
         assert abs(array.mean() - ("norm" in name)) < 0.01
         assert 0.01 < array.std() < 0.03
+
+
+def test_a_tensor_twice_in_one_header_is_refused(tmp_path):
+    save(tmp_path, tensors())
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    twice = json.dumps(header)[:-1] + f', "{NORM}": {json.dumps(header[NORM])}}}'
+    text = twice.encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    refused(tmp_path, f"{NORM}: found in ")

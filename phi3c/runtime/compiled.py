@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..artifact import Artifact
 from ..config import Phi3Config
 from ..errors import ArtifactError, InputError, TargetError
 from ..manifest import Manifest
-from ..memory import memory
+from ..memory import default_cache_tokens, memory
 from .host import check_cpu, check_memory
 from .kv_cache import PagedKVCache
 from .threads import check_threads, use_threads
@@ -95,7 +96,8 @@ class CompiledPhi3:
         batch = limits.max_batch_size if max_batch_size is None else max_batch_size
         chunk = limits.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
         if max_total_seq_len is None:
-            max_total_seq_len = max(min(8192, batch * limits.context_length), page_size)
+            asked = replace(limits, max_batch_size=batch)
+            max_total_seq_len = max(default_cache_tokens(asked), page_size)
         return PagedKVCache(
             self.manifest,
             self._device,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, OutOfMemoryError
+from ..memory import in_units
 
 
 def check_cpu(artifact: Artifact) -> None:
@@ -25,10 +26,10 @@ def check_memory(what: str, parts: dict[str, int]) -> None:
     """Raises OutOfMemoryError if the machine cannot hold `parts` (name → bytes) now."""
     needed, available = sum(parts.values()), available_memory()
     if available is not None and needed > available:
-        detail = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        detail = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
         raise OutOfMemoryError(
-            f"{what}: needs {needed / 1e9:.2f} GB of memory ({detail}); found "
-            f"{available / 1e9:.2f} GB available"
+            f"{what}: needs {in_units(needed)} of memory ({detail}); found "
+            f"{in_units(available)} available"
         )
 
 

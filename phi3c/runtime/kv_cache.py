@@ -14,7 +14,7 @@ import tvm
 
 from ..errors import InputError, SequenceError
 from ..manifest import Manifest
-from ..memory import kv_bytes
+from ..memory import kv_bytes, memory
 from .host import check_memory
 from .page_table import Append, Copy, PageTable
 
@@ -48,8 +48,11 @@ class PagedKVCache:
                 "support_sliding_window: found True; accepted: False, as this model's "
                 "sliding_window is null"
             )
-        pages_bytes = kv_bytes(layout, max_total_seq_len, page_size)
-        check_memory(f"KV cache for {max_total_seq_len} tokens", {"pages": pages_bytes})
+        need = memory(manifest, 0)  # of which little may be in memory yet
+        parts = {"pages": kv_bytes(layout, max_total_seq_len, page_size), "weights": need.weights}
+        check_memory(
+            f"KV cache for {max_total_seq_len} tokens", parts | {"workspace": need.workspace}
+        )
         num_pages = -(-max_total_seq_len // page_size)
         self._table = PageTable(
             config, num_pages, page_size, max_batch_size, prefill_chunk_size, limits.context_length

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
-from ..artifact import MANIFEST, WEIGHTS_MANIFEST, Artifact, ConvertedWeights
+from ..artifact import MANIFEST, Artifact, ConvertedWeights, manifest_name
 from ..config import Phi3Config
 from ..errors import CheckpointError
 from ..manifest import TEXT_FILES as TEXT_FILES
@@ -90,32 +91,46 @@ class ConvertedFolder(Source):
         return [self.path / self.converted.MANIFEST]
 
 
-def resolve_source(source: str | Path, seed: int = 0) -> Source:
+def resolve_source(
+    source: str | Path, seed: int = 0, accept: Callable[[Phi3Config], None] = lambda config: None
+) -> Source:
     """Raises CheckpointError, ConfigError, ArtifactError. Downloads what a repo id names.
 
-    seed: of the random weights of a config .json.
+    seed: of the random weights of a config .json. accept: may refuse the config, by raising, before
+    gigabytes are downloaded.
     """
     path = Path(source).expanduser()
-    if (path / MANIFEST).is_file():
-        return ConvertedFolder(Artifact.open(path))
-    if (path / WEIGHTS_MANIFEST).is_file():
-        return ConvertedFolder(ConvertedWeights.open(path))
-    if path.is_dir():
-        return CheckpointFolder(path, Phi3Config.from_file(path))
-    if path.is_file():
-        if path.suffix == ".json":
-            return ConfigFile(path, Phi3Config.from_file(path), seed)
-        if path.suffix == ".gguf":
-            from .gguf_file import GgufFile
-
-            return GgufFile(path)
-        raise CheckpointError(f"{path}: a file; accepted: {_ACCEPTED}")
+    found = _local(path, seed)
+    if found is not None:
+        accept(found.config)
+        return found
     if not _REPO_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such file or folder; accepted: {_ACCEPTED}")
     from .hub import download
 
-    folder = download(str(source), TEXT_FILES)
-    return CheckpointFolder(folder, Phi3Config.from_file(folder))
+    folder = download(str(source), TEXT_FILES, accept)
+    config = Phi3Config.from_file(folder)
+    accept(config)  # of a folder that was there already
+    return CheckpointFolder(folder, config)
+
+
+def _local(path: Path, seed: int) -> Source | None:
+    """What is there, or None."""
+    if path.is_dir():
+        ours = manifest_name(path)
+        if ours is not None:
+            return ConvertedFolder((Artifact if ours == MANIFEST else ConvertedWeights).open(path))
+        return CheckpointFolder(path, Phi3Config.from_file(path))
+    if not path.is_file():
+        return None
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return ConfigFile(path, Phi3Config.from_file(path), seed)
+    if suffix == ".gguf":
+        from .gguf_file import GgufFile
+
+        return GgufFile(path)
+    raise CheckpointError(f"{path}: a file; accepted: {_ACCEPTED}")
 
 
 _ACCEPTED = (

@@ -29,12 +29,16 @@ _PICKLES = (".bin", ".pt", ".pth")
 _NO_HUB = "(HF_ENDPOINT) does not answer as a Hugging Face hub does"
 
 
-def download(repo_id: str, text_files: Sequence[str]) -> Path:
+def download(
+    repo_id: str,
+    text_files: Sequence[str],
+    accept: Callable[[Phi3Config], None] = lambda config: None,
+) -> Path:
     """The folder with config.json, the weights, and those of text_files that the repo has.
 
     Where the hub does not give the repo (no network, HF_HUB_OFFLINE, …), a cached folder that has
-    config.json and all weights serves as it is. Raises CheckpointError, and ConfigError before any
-    weight is downloaded.
+    config.json and all weights serves as it is. Raises CheckpointError; ConfigError, and what
+    `accept` raises for the config, before any weight is downloaded.
     """
     with _quiet():
         try:
@@ -42,10 +46,15 @@ def download(repo_id: str, text_files: Sequence[str]) -> Path:
         except _hub_errors() as err:
             return _cached_folder(repo_id, err)
         with _one_line_errors(repo_id):
-            return _download(repo_id, repo, text_files)
+            return _download(repo_id, repo, text_files, accept)
 
 
-def _download(repo_id: str, repo: ModelInfo, text_files: Sequence[str]) -> Path:
+def _download(
+    repo_id: str,
+    repo: ModelInfo,
+    text_files: Sequence[str],
+    accept: Callable[[Phi3Config], None],
+) -> Path:
     from huggingface_hub import hf_hub_download
 
     def fetch(name: str) -> Path:
@@ -55,7 +64,7 @@ def _download(repo_id: str, repo: ModelInfo, text_files: Sequence[str]) -> Path:
     if _CONFIG not in files:
         raise CheckpointError(f"{repo_id}: no {_CONFIG} in the repo; accepted: a model's repo")
     folder = fetch(_CONFIG).parent
-    Phi3Config.from_file(folder)  # refused here, before gigabytes are fetched
+    accept(Phi3Config.from_file(folder))  # refused here, before gigabytes are fetched
     weights = _weight_files(repo_id, files, fetch)
     texts = [name for name in text_files if name in files]
     _check_disk_space(repo_id, [files[name] for name in [*texts, *weights]])
