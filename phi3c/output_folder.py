@@ -75,7 +75,7 @@ def existing_parent(path: Path) -> Path:
 def new_folder(path: Path) -> Iterator[Path]:
     """A scratch folder that becomes `path` if the block succeeds and vanishes if it does not.
 
-    Raises ArtifactError, also where the disk becomes full.
+    Raises ArtifactError as `check_output` does; OSError, with `path` where the disk becomes full.
     """
     check_output(path)
     real = path.resolve()
@@ -89,8 +89,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         with _locked(real.parent):
             _replace(real, scratch)
     except OSError as err:
-        if err.errno == errno.ENOSPC:
-            raise ArtifactError(f"{path}: the disk is full") from None
+        if err.errno == errno.ENOSPC:  # a write that fails does not say where
+            raise OSError(err.errno, err.strerror, str(path)) from None
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -541,7 +541,7 @@ def test_inspect(ok, artifact):
     assert facts["quantization"] == "q0f32" and facts["limits"]["context_length"] == CONTEXT
     kv = facts["kv_cache"]
     assert kv["bytes_per_token"] == 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, dims, float32
-    assert (kv["max_total_seq_len"], kv["bytes"]) == (CONTEXT, 128 * kv["bytes_per_token"])
+    assert (kv["max_total_seq_len"], kv["bytes"]) == (2 * CONTEXT, 240 * kv["bytes_per_token"])
     layer = 64 * (64 + 64) + 64 * 64 + 2 * 64 + 3 * 64 * 96
     assert facts["parameters"]["count"] == 2 * VOCAB * 64 + 2 * layer + 64
     assert facts["parameters"]["bytes"] >= 4 * facts["parameters"]["count"]

@@ -1,7 +1,8 @@
 """Paged attention for one query token per sequence.
 
 Online softmax (Milakov & Gimelshein 2018) over chunks of KV blocks; the query heads of a group
-share each block while it is in cache.
+share each block while it is in cache. Blocks of a head lie far apart, so the next one is prefetched
+while one is used.
 """
 
 from tvm.script import tirx as T
@@ -9,6 +10,7 @@ from tvm.script import tirx as T
 from ..root import hand_scheduled
 from .isa import Isa, vector_lanes
 from .layout import KV_BLOCK
+from .prefetch import prefetcher
 from .softmax import MASKED, online_softmax
 
 CHUNK = 8  # KV blocks between two rescalings of the accumulator
@@ -31,15 +33,18 @@ def decode_attention(
     keys = CHUNK * KV_BLOCK
 
     softmax = online_softmax(lanes, vectors)
+    ahead = prefetcher(kv_dtype)
 
     @T.inline
-    def scores(Q, K, S, b, kvh, block, first, c, low, high):
+    def scores(Q, K, P, S, b, kvh, block, first, c, low, high, following, side):
         for g in T.serial(group):
             acc = T.alloc_buffer((partial, KV_BLOCK), "float32")
             for u in T.unroll(partial):
                 for v in T.vectorized(KV_BLOCK):
                     acc[u, v] = T.float32(0)
             for d in T.serial(head_dim // partial):
+                if g == 0:
+                    ahead(P, following, side, kvh, d * partial * KV_BLOCK, partial * KV_BLOCK)
                 for u in T.unroll(partial):
                     for v in T.vectorized(KV_BLOCK):
                         acc[u, v] += Q[b, (kvh * group + g) * head_dim + d * partial + u] * T.Cast(
@@ -98,19 +103,29 @@ def decode_attention(
                 for c in T.serial(here):
                     block: T.let = T.Cast("int64", B[BI[b] + base + c])
                     first: T.let = START[b] + (base + c) * KV_BLOCK
-                    scores(Q, K, S, b, kvh, block, first, c, low, high)
+                    more: T.let = c + 1 < here
+                    following: T.let = T.Cast(
+                        "int64", B[BI[b] + base + T.if_then_else(more, c + 1, 0)]
+                    )
+                    side: T.let = T.if_then_else(more, 0, 1)
+                    scores(Q, K, P, S, b, kvh, block, first, c, low, high, following, side)
                 for g in T.serial(group):
                     softmax(S, M, L, O, g, here)
                 for c in T.serial(here):
                     vblock: T.let = T.Cast("int64", B[BI[b] + base + c])
                     # Slots past the query hold nothing, not even zeros: 0 · NaN would reach O.
                     tokens: T.let = T.min(high - START[b] - (base + c) * KV_BLOCK + 1, KV_BLOCK)
+                    last: T.let = first_block + n_blocks - 1
+                    vnext: T.let = T.Cast("int64", B[BI[b] + T.min(base + c + 1, last)])
+                    vside: T.let = T.if_then_else(c + 1 < here, 1, 0)
                     for g in T.serial(group):
                         acc = T.alloc_buffer((vectors, lanes), "float32")
                         for j in T.unroll(vectors):
                             for v in T.vectorized(lanes):
                                 acc[j, v] = O[g, j * lanes + v]
                         for t in T.serial(tokens):
+                            if g == 0:
+                                ahead(P, vnext, vside, kvh, t * head_dim, head_dim)
                             for j in T.unroll(vectors):
                                 for v in T.vectorized(lanes):
                                     acc[j, v] += S[g, c * KV_BLOCK + t] * T.Cast(
