@@ -5,9 +5,11 @@ from tvm.script import tirx as T
 from ..root import hand_scheduled
 from .int8_dot import Dot
 from .layout import GROUP, PANEL, group_shapes
+from .prefetch import prefetch
 from .quantize import slot
 
 ROW_BLOCK = 64  # rows whose sums are in the cache together
+AHEAD = 3  # groups whose weights are asked for before they are needed
 _QUADS = GROUP // 4
 
 
@@ -142,6 +144,9 @@ def int8_linear(
                 scale = T.alloc_buffer((lanes,), "float32")
                 panel: T.let = p * side + i * lanes // PANEL
                 column: T.let = i * lanes % PANEL
+                later: T.let = T.min(g + AHEAD, n_groups - 1)
+                for word in T.unroll(bits):
+                    T.evaluate(prefetch(W[panel, later, word, column]))
                 for t in T.unroll(_QUADS):
                     w[T.ramp(t * lanes, 1, lanes)] = _quad(W, panel, g, t, column, bits, lanes)
                 scale[T.ramp(0, 1, lanes)] = T.Cast(

@@ -1,9 +1,15 @@
-"""Asks for memory that will be read soon, where the hardware cannot guess it: the next KV block."""
+"""Asks for memory that will be read soon, where the hardware does not see it coming."""
 
 import numpy as np
 from tvm.script import tirx as T
 
 _LINE = 64  # bytes
+
+
+def prefetch(element):
+    """An expression that asks for the line of a buffer's element, into the nearest cache."""
+    read, nearest, data = 0, 3, 1
+    return T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(element), read, nearest, data)
 
 
 def prefetcher(dtype: str):
@@ -16,15 +22,6 @@ def prefetcher(dtype: str):
     @T.inline
     def ahead(P, block, side, head, start, count):
         for i in T.unroll(count // step):
-            T.evaluate(
-                T.call_llvm_intrin(
-                    "void",
-                    "llvm.prefetch",
-                    T.address_of(P[block, side, head, start + i * step]),
-                    0,  # to read
-                    3,  # into the nearest cache
-                    1,  # data
-                )
-            )
+            T.evaluate(prefetch(P[block, side, head, start + i * step]))
 
     return ahead
