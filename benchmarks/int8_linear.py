@@ -1,0 +1,80 @@
+"""Speed of one quantized linear by number of rows, on weights that are not in a cache.
+
+python benchmarks/int8_linear.py 3072x8192 --rows 1,8,128 --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import tvm
+
+from phi3c.kernels.cpu import CpuKernels, GroupFormat
+from phi3c.quantization.group import GroupQuantization
+from phi3c.runtime.threads import physical_cores, use_threads
+from phi3c.targets import parse_target
+
+COLD_BYTES = 300e6  # of copies that are used in turn
+SECONDS = 1.2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", help="OUTxIN")
+    parser.add_argument("--rows", default="1,2,4,8,16,64,128")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--warm", action="store_true", help="one copy of the weights")
+    args = parser.parse_args()
+    out_features, in_features = map(int, args.shape.split("x"))
+    use_threads(args.threads)
+    place = parse_target("cpu")
+    kernels, quantization = place.kernels, GroupQuantization(args.bits, 32, "float16")
+    form = GroupFormat(args.bits, quantization.zero, "float16")
+    linear = build(kernels.int8_linear(out_features, in_features, form, False), place)
+    quantize = build(kernels.quantize_rows(in_features, form.zero), place)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((out_features, in_features), dtype=np.float32)
+    packed = kernels.pack_groups(*quantization.quantize(weight), args.bits)
+    size = sum(array.nbytes for array in packed)
+    copies = 1 if args.warm else max(1, int(COLD_BYTES // size))
+    weights = [[tvm.runtime.tensor(array) for array in packed] for _ in range(copies)]
+    for rows in map(int, args.rows.split(",")):
+        x = rng.standard_normal((rows, in_features), dtype=np.float32)
+        inputs = quantized(quantize, kernels, x)
+        out = tvm.runtime.tensor(np.zeros((rows, out_features), np.float32))
+        found: list[float] = []
+        while sum(found) < SECONDS or len(found) < 5:
+            start = time.perf_counter()
+            linear(*inputs, *weights[len(found) % copies], out)
+            found.append(time.perf_counter() - start)
+        median = statistics.median(found[1:])
+        rate = 2 * rows * out_features * in_features / 1e9
+        print(
+            f"{rows:5} rows {median * 1e6:9.0f} us {rate / median:7.0f} Gop/s "
+            f"({rate / max(found):.0f}–{rate / min(found):.0f}) {size / median / 1e9:6.1f} GB/s"
+        )
+
+
+def build(kernel: tvm.tirx.PrimFunc, place):
+    module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=place.tvm_target)["main"]
+
+
+def quantized(quantize, kernels: CpuKernels, x: np.ndarray) -> list[tvm.runtime.Tensor]:
+    rows, groups = x.shape[0], x.shape[1] // 32
+    shapes = (
+        ((rows, groups, 8), np.int32),
+        ((rows, groups), np.float32),
+        ((rows, groups), np.int32),
+    )
+    made = [tvm.runtime.tensor(np.zeros(*shape)) for shape in shapes]
+    quantize(tvm.runtime.tensor(x), *made)
+    return made
+
+
+if __name__ == "__main__":
+    main()
