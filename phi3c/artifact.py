@@ -90,11 +90,14 @@ class ConvertedWeights:
             raise ArtifactError(f"{self.path / foreign[0]}: no part of what was written")
         for name, digest in self.manifest.files.items():
             _check_file(self.path / name, digest)
-        for info, array in zip(
-            self.manifest.parameters, self.map_parameters().values(), strict=True
-        ):
-            _check_sum(f"{self.parameters}: {info.name}", _sha256(array), info.sha256)
-        self.check_parameters()
+        try:
+            self.check_parameters()
+        except ArtifactError:
+            for info, array in zip(
+                self.manifest.parameters, self.map_parameters().values(), strict=True
+            ):
+                _check_sum(f"{self.parameters}: {info.name}", _sha256(array), info.sha256)
+            raise
 
     def map_parameters(self) -> dict[str, Any]:
         """Name → mapped array, in the manifest's order. Raises ArtifactError on a misfit."""

@@ -18,6 +18,7 @@ import phi3c
 from phi3c.config import Phi3Config
 from phi3c.kernels.cpu.isa import AVX2, AVX512, AVX512_VNNI, AVX_VNNI, PORTABLE, Isa
 from phi3c.quantization.scheme import parse_scheme
+from phi3c.runtime.host import _linux_cpu_flags
 from phi3c.targets import parse_target
 from phi3c.weights import Checkpoint
 
@@ -127,7 +128,8 @@ def build(tmp: Path, name: str, quantization: str = "q0f32", compile_options=(),
 @cache
 def host_isas() -> tuple[Isa, ...]:
     """This machine's instruction set, and the others that it can run."""
-    flags = set(parse_target("cpu").cpu_flags)
+    # What the system lists, if it does: LLVM may take the CPU for an older one.
+    flags = _linux_cpu_flags() or set(parse_target("cpu").cpu_flags)
     return tuple(isa for isa, mcpu in MCPU.items() if set(parse_target(mcpu).cpu_flags) <= flags)
 
 

@@ -198,6 +198,7 @@ def _readable_types() -> list[str]:
 
 
 def _is_dequantizable(kind: GGMLQuantizationType) -> bool:
+    """Whether the gguf package can: it says so only when it is asked to."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except (NotImplementedError, KeyError):
