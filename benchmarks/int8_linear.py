@@ -17,7 +17,7 @@ from phi3c.quantization.group import GroupQuantization
 from phi3c.runtime.threads import physical_cores, use_threads
 from phi3c.targets import parse_target
 
-COLD_BYTES = 300e6  # of copies that are used in turn
+COLD_BYTES = 1e9  # of copies that are used in turn: more than any cache
 SECONDS = 1.2
 
 

@@ -9,7 +9,10 @@ from .prefetch import prefetch
 from .quantize import slot
 
 ROW_BLOCK = 64  # rows whose sums are in the cache together
-AHEAD = 3  # groups whose weights are asked for before they are needed
+# Groups whose weights are asked for before they are needed. The hardware's own prefetching stops at
+# every page and starts anew in every panel: without ours, one row reads at 85 % of the bandwidth.
+ROW_AHEAD = 8  # by one row
+ROWS_AHEAD = 3  # by more
 _QUADS = GROUP // 4
 
 
@@ -75,12 +78,23 @@ def int8_linear(
                     O[row, col + v] = F[at, j * PANEL + v]
 
     @T.inline
-    def one_row(A, AS, AZ, W, S, F, p, first):
+    def ask(LW, LS, p, j, g):
+        # A group past the end is one of the next task: of the panel that lies `side` further on.
+        over: T.let = T.if_then_else(g < n_groups, 0, (side - 1) * n_groups)
+        at: T.let = (p * side + j) * n_groups + g + over
+        for word in T.unroll(bits):
+            T.evaluate(prefetch(LW[at, word, 0]))
+        T.evaluate(prefetch(LS[at, 0]))
+
+    @T.inline
+    def one_row(A, AS, AZ, W, S, LW, LS, F, p, first):
         acc = T.alloc_buffer((parts * lanes,), "float32")
         for i in T.unroll(parts):
             acc[T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
         for g in T.serial(n_groups):
             at: T.let = slot(first, 1, n_groups, g, 0)
+            for j in T.unroll(side):
+                ask(LW, LS, p, j, g + ROW_AHEAD)
             h = T.alloc_buffer((parts * acc_len,), acc_dtype)
             for i in T.unroll(parts):
                 h[T.ramp(i * acc_len, 1, acc_len)] = dot.start(AZ[at])
@@ -133,7 +147,7 @@ def int8_linear(
             )
 
     @T.inline
-    def many_rows(A, AS, AZ, W, S, F, p, start, count):
+    def many_rows(A, AS, AZ, W, S, LW, LS, F, p, start, count):
         for r in T.serial(count):
             for i in T.unroll(parts):
                 F[r, T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
@@ -144,9 +158,8 @@ def int8_linear(
                 scale = T.alloc_buffer((lanes,), "float32")
                 panel: T.let = p * side + i * lanes // PANEL
                 column: T.let = i * lanes % PANEL
-                later: T.let = T.min(g + AHEAD, n_groups - 1)
-                for word in T.unroll(bits):
-                    T.evaluate(prefetch(W[panel, later, word, column]))
+                if column == 0:
+                    ask(LW, LS, p, i * lanes // PANEL, g + ROWS_AHEAD)
                 for t in T.unroll(_QUADS):
                     w[T.ramp(t * lanes, 1, lanes)] = _quad(W, panel, g, t, column, bits, lanes)
                 scale[T.ramp(0, 1, lanes)] = T.Cast(
@@ -166,15 +179,17 @@ def int8_linear(
         A = T.decl_buffer((m * n_groups, _QUADS), "int32", data=rows_a.data)
         AS = T.decl_buffer((m * n_groups,), "float32", data=rows_scale.data)
         AZ = T.decl_buffer((m * n_groups,), "int32", data=rows_offset.data)
+        LW = T.decl_buffer((n_panels * n_groups, bits, PANEL), "uint32", data=W.data)
+        LS = T.decl_buffer((n_panels * n_groups, PANEL), scale_dtype, data=S.data)
         for p in T.parallel(n_panels // side):
             F = T.alloc_buffer((row_block, side * PANEL), "float32")
             for block in T.serial((m + row_block - 1) // row_block):
                 start: T.let = block * row_block
                 count: T.let = T.min(m - start, row_block)
                 if count == 1:
-                    one_row(A, AS, AZ, W, S, F, p, start)
+                    one_row(A, AS, AZ, W, S, LW, LS, F, p, start)
                 else:
-                    many_rows(A, AS, AZ, W, S, F, p, start, count)
+                    many_rows(A, AS, AZ, W, S, LW, LS, F, p, start, count)
                 for r in T.serial(count):
                     for j in T.unroll(side):
                         store(F, R, O, r, j, start + r, (p * side + j) * PANEL)
