@@ -49,7 +49,7 @@ def main() -> None:
         found: list[float] = []
         while sum(found) < SECONDS or len(found) < 5:
             start = time.perf_counter()
-            linear(*inputs, *weights[len(found) % copies], out)
+            linear(inputs, *weights[len(found) % copies], out)
             found.append(time.perf_counter() - start)
         median = statistics.median(found[1:])
         rate = 2 * rows * out_features * in_features / 1e9
@@ -64,15 +64,10 @@ def build(kernel: tvm.tirx.PrimFunc, place):
     return tvm.compile(module, target=place.tvm_target)["main"]
 
 
-def quantized(quantize, kernels: CpuKernels, x: np.ndarray) -> list[tvm.runtime.Tensor]:
+def quantized(quantize, kernels: CpuKernels, x: np.ndarray) -> tvm.runtime.Tensor:
     rows, groups = x.shape[0], x.shape[1] // 32
-    shapes = (
-        ((rows, groups, 8), np.int32),
-        ((rows, groups), np.float32),
-        ((rows, groups), np.int32),
-    )
-    made = [tvm.runtime.tensor(np.zeros(*shape)) for shape in shapes]
-    quantize(tvm.runtime.tensor(x), *made)
+    made = tvm.runtime.tensor(np.zeros((rows, groups, kernels.int8_words), np.int32))
+    quantize(tvm.runtime.tensor(x), made)
     return made
 
 

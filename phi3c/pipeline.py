@@ -31,11 +31,13 @@ def plan_passes(bounds: dict[str, int]) -> list[Pass]:
 
 
 def finalize_passes() -> list[Pass]:
-    """From planned memory to what the VM's code generator takes."""
+    """From planned memory to what the VM's code generator takes.
+
+    No KillAfterLastUse: storage is planned, so it frees nothing, and costs a call per tensor.
+    """
     t = relax.transform
     return [
         t.LowerAllocTensor(),
-        t.KillAfterLastUse(),
         t.LowerRuntimeBuiltin(),
         t.ComputePrimValue(),
         t.VMShapeLower(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import kernel_twins as twins
 import numpy as np
 import pytest
 import tvm
@@ -12,8 +13,10 @@ from test_parity import new_cache, prefill, tokens
 
 from phi3c.errors import SchemeError
 from phi3c.kernels.cpu import layout
+from phi3c.kernels.cpu.activation import silu_mul_quantize
 from phi3c.kernels.cpu.group_linear import ROW_BLOCK, group_embedding, group_linear
 from phi3c.kernels.cpu.int8_linear import int8_linear
+from phi3c.kernels.cpu.norm import rms_norm_quantize
 from phi3c.kernels.cpu.quantize import quantize_rows
 from phi3c.quantization.group import (
     GroupQuantization,
@@ -93,42 +96,67 @@ def test_group_linear(isa, bits, shape, residual):
         assert np.abs(out.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def quantized_rows(isa, x: np.ndarray, zero: int):
-    """The kernel's int8 activations; in row order a `[m, groups, 32]`, scale, offset; a · scale."""
-    m, groups, tile = x.shape[0], x.shape[1] // 32, isa.int8_rows
-    out = [
-        tensor(np.zeros((m, groups, 8), np.int32)),
-        tensor(np.zeros((m, groups), np.float32)),
-        tensor(np.zeros((m, groups), np.int32)),
+def in_row_order(isa, words: np.ndarray):
+    """int8 activations as a kernel left them → a `[m, groups, 32]`, scale, offset, a · scale."""
+    m, groups, tile = *words.shape[:2], isa.int8_rows
+    flat = words.reshape(m * groups, -1)
+    tiles = [
+        flat[first * groups : min(first + tile, m) * groups].reshape(groups, -1, flat.shape[1])
+        for first in range(0, m, tile)
     ]
-    compile_kernel(quantize_rows(x.shape[1], zero, tile), isa)(tensor(x), *out)
+    rows = np.concatenate([t.swapaxes(0, 1) for t in tiles])  # [m, groups, 10]
+    a = np.ascontiguousarray(rows[..., :8]).view(np.int8)
+    scale = np.ascontiguousarray(rows[..., 8]).view(np.float32)
+    return a, scale, rows[..., 9], (a * scale.astype(np.float64)[..., None]).reshape(m, -1)
 
-    def in_rows(kernels_order: np.ndarray) -> np.ndarray:
-        flat = kernels_order.reshape(m * groups, -1)
-        tiles = [
-            flat[first * groups : min(first + tile, m) * groups].reshape(groups, -1, flat.shape[1])
-            for first in range(0, m, tile)
-        ]
-        return np.concatenate([t.swapaxes(0, 1) for t in tiles])  # [m, groups, …]
 
-    a = in_rows(out[0].numpy().view(np.int8).reshape(m, groups, 32))
-    scale, offset = (in_rows(o.numpy())[..., 0] for o in out[1:])
-    return out, a, scale, offset, (a * scale.astype(np.float64)[..., None]).reshape(x.shape)
+def quantized_rows(isa, run, features: int, *inputs: np.ndarray):
+    """Runs a compiled kernel that ends in int8 activations `[m, features]`, m as in inputs[0]."""
+    out = tensor(np.full((inputs[0].shape[0], features // 32, 10), -1, np.int32))
+    run(*map(tensor, inputs), out)
+    return out, *in_row_order(isa, out.numpy())
+
+
+def check_rounding(x: np.ndarray, a, scale, offset, back, zero: int) -> None:
+    """That a, scale and offset are x `[m, features]` rounded."""
+    groups = x.reshape(scale.shape + (32,))
+    assert np.allclose(scale, np.abs(groups).max(-1) / 127, rtol=1e-5, atol=1e-30)
+    assert (offset == -zero * a.sum(-1, dtype=np.int32)).all()
+    assert (np.abs(back.reshape(groups.shape) - groups).max(-1) <= 0.502 * scale).all()
+    same = np.isclose(back, rounded_activations(x), rtol=1e-5, atol=1e-30)
+    assert same.mean() > 0.99  # but for ties that float32 breaks either way
+
+
+def some_rows(isa, features: int):
+    """Inputs of odd heights, with a row of zeros and a large group."""
+    for m in (1, 2, isa.int8_rows, 3 * isa.int8_rows + 1, 70):
+        x = np.random.default_rng(m).standard_normal((m, features)).astype(np.float32)
+        x[m // 2] = 0
+        x[m // 3, :32] *= 1e3
+        yield x
 
 
 def test_quantize_rows(isa):
-    for m in (1, isa.int8_rows, 3 * isa.int8_rows + 1, 70):
-        x = np.random.default_rng(m).standard_normal((m, 96)).astype(np.float32)
-        x[m // 2] = 0
-        x[m // 3, :32] *= 1e6
-        _, a, scale, offset, back = quantized_rows(isa, x, 7)
-        groups = x.reshape(m, 3, 32)
-        assert np.allclose(scale, np.abs(groups).max(-1) / 127, rtol=1e-6)
-        assert (offset == -7 * a.sum(-1, dtype=np.int32)).all()
-        assert (np.abs(back.reshape(groups.shape) - groups).max(-1) <= 0.5001 * scale).all()
-        assert np.abs(back - rounded_activations(x)).max() <= 1.001 * scale.max()
-        same = np.isclose(back, rounded_activations(x), rtol=1e-5, atol=1e-30)
-        assert same.mean() > 0.999  # but for ties that float32 breaks either way
+    run = compile_kernel(quantize_rows(isa, 96, 7), isa)
+    for x in some_rows(isa, 96):
+        check_rounding(x, *quantized_rows(isa, run, 96, x)[1:], zero=7)
+
+
+@pytest.mark.parametrize("hidden", [32, 160])
+def test_rms_norm_quantize(isa, hidden):
+    weight = np.random.default_rng(0).standard_normal(hidden).astype(np.float32)
+    run = compile_kernel(rms_norm_quantize(isa, hidden, 1e-5, 8), isa)
+    for x in some_rows(isa, hidden):
+        expected = twins.rms_norm(x, weight, 1e-5).astype(np.float32)
+        check_rounding(expected, *quantized_rows(isa, run, hidden, x, weight)[1:], zero=8)
+
+
+@pytest.mark.parametrize("intermediate", [32, 160, 2080])
+def test_silu_mul_quantize(isa, intermediate):
+    run = compile_kernel(silu_mul_quantize(isa, intermediate, 4), isa)
+    for x in some_rows(isa, 2 * intermediate):
+        expected = twins.silu_mul(x).astype(np.float32)
+        check_rounding(expected, *quantized_rows(isa, run, intermediate, x)[1:], zero=4)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -143,14 +171,15 @@ def test_int8_linear(isa, bits, shape, residual):
     dot = isa.dot.for_bits(bits)
     kernel = int8_linear(dot, isa.int8_rows, *shape, bits, "float16", residual)
     run = compile_kernel(kernel, isa)
+    quantize = compile_kernel(quantize_rows(isa, in_features, spec.zero), isa)
     for m in ROWS:
         rng = np.random.default_rng(m)
         x = (100 * rng.standard_normal((m, in_features))).astype(np.float32)
         x[:, ::5] = 127 * np.sign(x[:, ::5])  # many of the largest magnitude: no overflow
         added = rng.standard_normal((m, out_features)).astype(np.float32)
-        inputs, *_, rounded = quantized_rows(isa, x, spec.zero)
+        inputs, *_, rounded = quantized_rows(isa, quantize, in_features, x)
         out = tensor(np.full((m, out_features), np.nan, np.float32))
-        run(*inputs, *arrays, *([tensor(added)] if residual else []), out)
+        run(inputs, *arrays, *([tensor(added)] if residual else []), out)
         expected = rounded @ weight.T + (added if residual else 0)
         assert np.abs(out.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
 

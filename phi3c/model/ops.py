@@ -12,11 +12,27 @@ from tvm.relax.frontend import nn
 from ..config import Phi3Config
 from ..kernels.cpu import CpuKernels, GroupFormat, WeightFormat
 from ..kernels.cpu.layout import GROUP
+from ..quantization.group import GroupQuantization
 from ..quantization.layers import GroupWeight, Weight, make_weight
 from ..quantization.scheme import Kind, Scheme
 from .attention_inputs import DecodeInputs, PrefillInputs
 
 Tensor = nn.Tensor
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """Activations `[n, features]` in int8, as int8 linears read them (kernels/cpu/quantize.py)."""
+
+    words: Tensor
+    features: int
+
+    @property
+    def shape(self) -> tuple:
+        return self.words.shape[0], self.features
+
+
+Activation = Tensor | Int8Rows
 
 
 @dataclass(frozen=True)
@@ -53,39 +69,55 @@ class Ops:
         kernel = self.kernels.last_row(x.shape[1])
         return nn.op.tensor_ir_op(kernel, "last_row", [x], self._out(1, x.shape[1]))
 
-    def linear(self, x: Tensor, weight: Weight, out_features: int, residual=None) -> Tensor:
-        """x `[n, in]` → x Wᵀ (+ residual) `[n, out]`."""
+    def linear(self, x: Activation, weight: Weight, out_features: int, residual=None) -> Tensor:
+        """x `[n, in]`, plain or as `quantize` gives it → x Wᵀ (+ residual) `[n, out]`."""
+        if isinstance(weight, GroupWeight) and isinstance(x, Tensor):
+            x = self.quantize(x, weight.quantization)
         kind, arrays = _parts(weight)
         out = self._out(x.shape[0], out_features)
         added = [] if residual is None else [residual]
-        if isinstance(kind, GroupFormat) and self.scheme.int8_activations:
-            kernel = self.kernels.int8_linear(out_features, x.shape[1], kind, bool(added))
-            args = [*self._quantize(x, kind), *arrays, *added]
-            return nn.op.tensor_ir_op(kernel, "int8_linear", args, out)
+        if isinstance(x, Int8Rows):
+            kernel = self.kernels.int8_linear(out_features, x.features, kind, bool(added))
+            return nn.op.tensor_ir_op(kernel, "int8_linear", [x.words, *arrays, *added], out)
         kernel = self.kernels.linear(out_features, x.shape[1], kind, bool(added))
         return nn.op.tensor_ir_op(kernel, "linear", [x, *arrays, *added], out)
 
-    def _quantize(self, x: Tensor, kind: GroupFormat) -> list[Tensor]:
-        """x `[n, features]` → int8 `[n, groups, 8]` (in int32), scales, offsets `[n, groups]`."""
-        n, groups = x.shape[0], x.shape[1] // GROUP
-        out = [
-            Tensor.placeholder([n, groups, GROUP // 4], "int32"),
-            Tensor.placeholder([n, groups], "float32"),
-            Tensor.placeholder([n, groups], "int32"),
-        ]
+    def quantize(self, x: Tensor, kind: Kind) -> Activation:
+        """x `[n, features]` as a linear of `kind` reads it: in int8 where the scheme says so."""
+        if not self._int8(kind):
+            return x
         kernel = self.kernels.quantize_rows(x.shape[1], kind.zero)
-        return list(nn.op.tensor_ir_op(kernel, "quantize_rows", [x], out))
+        return self._int8_rows(kernel, "quantize_rows", [x], x.shape[1])
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """`[n, hidden]` → `[n, hidden]`."""
         kernel = self.kernels.rms_norm(x.shape[1], self.config.rms_norm_eps)
         return nn.op.tensor_ir_op(kernel, "rms_norm", [x, weight], self._out(*x.shape))
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """`[n, 2·intermediate]` → up · silu(gate) `[n, intermediate]`."""
-        kernel = self.kernels.silu_mul(gate_up.shape[1] // 2)
-        out = self._out(gate_up.shape[0], gate_up.shape[1] // 2)
-        return nn.op.tensor_ir_op(kernel, "silu_mul", [gate_up], out)
+    def rms_norm_quantize(self, x: Tensor, weight: Tensor, kind: Kind) -> Activation:
+        """`quantize(rms_norm(x))`, in one kernel."""
+        if not self._int8(kind):
+            return self.rms_norm(x, weight)
+        kernel = self.kernels.rms_norm_quantize(x.shape[1], self.config.rms_norm_eps, kind.zero)
+        return self._int8_rows(kernel, "rms_norm_quantize", [x, weight], x.shape[1])
+
+    def silu_mul_quantize(self, gate_up: Tensor, kind: Kind) -> Activation:
+        """`[n, 2·intermediate]` → quantize(up · silu(gate)), intermediate features."""
+        features = gate_up.shape[1] // 2
+        if not self._int8(kind):
+            kernel = self.kernels.silu_mul(features)
+            out = self._out(gate_up.shape[0], features)
+            return nn.op.tensor_ir_op(kernel, "silu_mul", [gate_up], out)
+        kernel = self.kernels.silu_mul_quantize(features, kind.zero)
+        return self._int8_rows(kernel, "silu_mul_quantize", [gate_up], features)
+
+    def _int8(self, kind: Kind) -> bool:
+        return isinstance(kind, GroupQuantization) and self.scheme.int8_activations
+
+    def _int8_rows(self, kernel, name: str, args: list[Tensor], features: int) -> Int8Rows:
+        shape = [args[0].shape[0], features // GROUP, self.kernels.int8_words]
+        out = Tensor.placeholder(shape, "int32")
+        return Int8Rows(nn.op.tensor_ir_op(kernel, name, args, out), features)
 
     def rope_table(self, inv_freq: Tensor, inputs: DecodeInputs) -> Tensor:
         """Cosines and sines of this forward's positions, `[n, rotary_dim]`."""

@@ -7,6 +7,8 @@ one after another in n; what belongs to which, and where its keys and values are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from tvm.relax.frontend import nn
 
@@ -14,9 +16,10 @@ from ..config import Phi3Config
 from ..kernels.cpu import CpuKernels
 from ..quantization.scheme import Kind, Scheme
 from .attention_inputs import DecodeInputs, PrefillInputs, input_specs
-from .ops import Ops
+from .ops import Activation, Ops
 
 Tensor = nn.Tensor
+Rows = Callable[[Tensor], Tensor]  # [n, features] → the rows that are asked for
 
 
 class Phi3ForCausalLM(nn.Module):
@@ -36,8 +39,8 @@ class Phi3ForCausalLM(nn.Module):
         return nn.op.reshape(x, (1, *x.shape))  # [1, n, h]
 
     def prefill(self, input_embed: Tensor, inputs: PrefillInputs, pages: list[Tensor]) -> Tensor:
-        x = self.model(_rows(input_embed), inputs, pages)  # [n, h]
-        logits = self._head(self.ops.last_row(x))  # [1, vocab]
+        x = self.model(_rows(input_embed), inputs, pages, self.ops.last_row)  # [1, h]
+        logits = self._head(x)  # [1, vocab]
         return nn.op.reshape(logits, (1, *logits.shape))  # [1, 1, vocab]
 
     def batch_prefill(
@@ -47,8 +50,11 @@ class Phi3ForCausalLM(nn.Module):
         inputs: PrefillInputs,
         pages: list[Tensor],
     ) -> Tensor:
-        x = self.model(_rows(input_embed), inputs, pages)  # [n, h]
-        logits = self._head(self.ops.take_rows(x, logit_positions))  # [b, vocab]
+        def asked(x: Tensor) -> Tensor:
+            return self.ops.take_rows(x, logit_positions)
+
+        x = self.model(_rows(input_embed), inputs, pages, asked)  # [b, h]
+        logits = self._head(x)  # [b, vocab]
         return nn.op.reshape(logits, (1, *logits.shape))  # [1, b, vocab]
 
     def batch_decode(
@@ -68,10 +74,10 @@ class Phi3ForCausalLM(nn.Module):
     ) -> Tensor:
         """The final norm's output, in the shape of `input_embed`."""
         x = self.model(_rows(input_embed), inputs, pages)  # [n, h]
-        return nn.op.reshape(x, input_embed.shape)
+        return nn.op.reshape(self.model.norm(x), input_embed.shape)
 
     def get_logits(self, hidden_states: Tensor) -> Tensor:
-        logits = self._head(_rows(hidden_states))  # [n, vocab]
+        logits = self._vocabulary(_rows(hidden_states))  # [n, vocab]
         return nn.op.reshape(logits, (1, *logits.shape))  # [1, n, vocab]
 
     def copy_slots(self, source: Tensor, target: Tensor, pages: list[Tensor]) -> list[Tensor]:
@@ -79,6 +85,11 @@ class Phi3ForCausalLM(nn.Module):
         return [self.ops.copy_slots(layer, source, target) for layer in pages]
 
     def _head(self, x: Tensor) -> Tensor:
+        """The last layer's output `[n, h]` → logits `[n, vocab]`."""
+        return self._vocabulary(self.model.norm(x, self.ops.scheme.vocabulary))
+
+    def _vocabulary(self, x: Activation) -> Tensor:
+        """The final norm's output → logits."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.lm_head_forward(x)
         return self.lm_head(x)
@@ -157,13 +168,17 @@ class Phi3Model(nn.Module):
         self.layers = nn.ModuleList([Phi3DecoderLayer(ops) for _ in range(c.num_hidden_layers)])
         self.norm = Phi3RMSNorm(ops)
 
-    def forward(self, x: Tensor, inputs: DecodeInputs, pages: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: DecodeInputs, pages: list[Tensor], asked: Rows | None = None
+    ) -> Tensor:
+        """The last layer's output, before the final norm; asked: takes the rows that are wanted."""
         c = self.ops.config
         inv_freq = np.stack([c.inv_freq(long=False), c.inv_freq(long=True)])  # [2, rotary_dim/2]
         rope = self.ops.rope_table(Tensor.from_const(inv_freq), inputs)  # [n, rotary_dim]
-        for layer, layer_pages in zip(self.layers, pages, strict=True):
-            x = layer(x, rope, layer_pages, inputs)  # [n, h]
-        return self.norm(x)
+        for i, (layer, layer_pages) in enumerate(zip(self.layers, pages, strict=True)):
+            last = i == len(self.layers) - 1
+            x = layer(x, rope, layer_pages, inputs, asked if last else None)  # [n, h]
+        return x
 
 
 class Phi3DecoderLayer(nn.Module):
@@ -176,9 +191,16 @@ class Phi3DecoderLayer(nn.Module):
         self.post_attention_layernorm = Phi3RMSNorm(ops)
         self.mlp = Phi3MLP(ops)
 
-    def forward(self, x: Tensor, rope: Tensor, pages: Tensor, inputs: DecodeInputs) -> Tensor:
-        x = self.self_attn(self.input_layernorm(x), rope, pages, inputs, residual=x)
-        return self.mlp(self.post_attention_layernorm(x), residual=x)
+    def forward(
+        self, x: Tensor, rope: Tensor, pages: Tensor, inputs: DecodeInputs, asked: Rows | None
+    ) -> Tensor:
+        y = self.input_layernorm(x, self.self_attn.qkv_proj.kind)
+        attended = self.self_attn(y, rope, pages, inputs)  # [n, heads·head_dim]
+        if asked:  # past the keys and values every row stands alone
+            x, attended = asked(x), asked(attended)
+        x = self.self_attn.project(attended, residual=x)
+        y = self.post_attention_layernorm(x, self.mlp.gate_up_proj.kind)
+        return self.mlp(y, residual=x)  # [n, h]
 
 
 class Phi3Attention(nn.Module):
@@ -193,11 +215,15 @@ class Phi3Attention(nn.Module):
         self.o_proj = Phi3Linear(ops, c.num_attention_heads * c.head_dim, c.hidden_size)
 
     def forward(
-        self, x: Tensor, rope: Tensor, pages: Tensor, inputs: DecodeInputs, residual: Tensor
+        self, x: Activation, rope: Tensor, pages: Tensor, inputs: DecodeInputs
     ) -> Tensor:
         qkv = self.qkv_proj(x)  # [n, (heads + 2·kv_heads)·head_dim]
         q, pages = self.ops.rope_append(qkv, rope, inputs.slots, pages)  # [n, heads·head_dim]
-        return self.o_proj(self.ops.attention(q, pages, inputs), residual)  # [n, h]
+        return self.ops.attention(q, pages, inputs)
+
+    def project(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """`[n, heads·head_dim]` → `[n, h]`."""
+        return self.o_proj(attended, residual)
 
 
 class Phi3MLP(nn.Module):
@@ -210,8 +236,9 @@ class Phi3MLP(nn.Module):
         self.gate_up_proj = Phi3Linear(ops, c.hidden_size, 2 * c.intermediate_size)
         self.down_proj = Phi3Linear(ops, c.intermediate_size, c.hidden_size)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.down_proj(self.ops.silu_mul(self.gate_up_proj(x)), residual)
+    def forward(self, x: Activation, residual: Tensor) -> Tensor:
+        gate_up = self.gate_up_proj(x)  # [n, 2·intermediate]
+        return self.down_proj(self.ops.silu_mul_quantize(gate_up, self.down_proj.kind), residual)
 
 
 class Phi3Embedding(nn.Module):
@@ -226,7 +253,7 @@ class Phi3Embedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.ops.embedding(input_ids, self.weight)
 
-    def lm_head_forward(self, x: Tensor) -> Tensor:
+    def lm_head_forward(self, x: Activation) -> Tensor:
         return self.ops.linear(x, self.weight, self.ops.config.vocab_size)
 
 
@@ -236,8 +263,11 @@ class Phi3RMSNorm(nn.Module):
         self.ops = ops
         self.weight = nn.Parameter((ops.config.hidden_size,), "float32")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight)
+    def forward(self, x: Tensor, kind: Kind | None = None) -> Activation:
+        """kind: of the linears that read it; None gives the plain rows."""
+        if kind is None:
+            return self.ops.rms_norm(x, self.weight)
+        return self.ops.rms_norm_quantize(x, self.weight, kind)
 
 
 class Phi3Linear(nn.Module):
@@ -247,9 +277,10 @@ class Phi3Linear(nn.Module):
         super().__init__()
         self.ops = ops
         self.out_features = out_features
-        self.weight = ops.weight(kind or ops.scheme.linear, out_features, in_features)
+        self.kind = kind or ops.scheme.linear
+        self.weight = ops.weight(self.kind, out_features, in_features)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Activation, residual: Tensor | None = None) -> Tensor:
         return self.ops.linear(x, self.weight, self.out_features, residual)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from tvm import tirx
 
 from . import layout
-from .activation import silu_mul
+from .activation import silu_mul, silu_mul_quantize
 from .copy import copy_slots
 from .decode_attention import decode_attention
 from .embedding import embedding, last_row, take_rows
@@ -17,9 +17,9 @@ from .group_linear import group_embedding, group_linear
 from .int8_linear import int8_linear
 from .isa import Isa
 from .linear import linear
-from .norm import rms_norm
+from .norm import rms_norm, rms_norm_quantize
 from .prefill_attention import prefill_attention
-from .quantize import quantize_rows
+from .quantize import WORDS, quantize_rows
 from .rope import rope_append, rope_table
 
 
@@ -44,6 +44,7 @@ class CpuKernels:
     activation_dtype = "float32"
     weight_layout = "cpu"  # layout.py, the same for every instruction set
     kv_block = layout.KV_BLOCK
+    int8_words = WORDS  # 32-bit words of a group of int8 activations
 
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of a linear's (or the embedding's) weight as the kernels read it."""
@@ -91,7 +92,7 @@ class CpuKernels:
 
     @cache  # noqa: B019
     def quantize_rows(self, features: int, zero: int) -> tirx.PrimFunc:
-        return quantize_rows(features, zero, self.isa.int8_rows)
+        return quantize_rows(self.isa, features, zero)
 
     @cache  # noqa: B019
     def int8_linear(
@@ -106,8 +107,16 @@ class CpuKernels:
         return rms_norm(self.isa, hidden_size, eps)
 
     @cache  # noqa: B019
+    def rms_norm_quantize(self, hidden_size: int, eps: float, zero: int) -> tirx.PrimFunc:
+        return rms_norm_quantize(self.isa, hidden_size, eps, zero)
+
+    @cache  # noqa: B019
     def silu_mul(self, intermediate_size: int) -> tirx.PrimFunc:
         return silu_mul(self.isa, intermediate_size)
+
+    @cache  # noqa: B019
+    def silu_mul_quantize(self, intermediate_size: int, zero: int) -> tirx.PrimFunc:
+        return silu_mul_quantize(self.isa, intermediate_size, zero)
 
     @cache  # noqa: B019
     def rope_table(self, rotary_dim: int, attention_factor: float) -> tirx.PrimFunc:

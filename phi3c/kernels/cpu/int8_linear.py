@@ -6,7 +6,7 @@ from ..root import hand_scheduled
 from .int8_dot import Dot
 from .layout import GROUP, PANEL, group_shapes
 from .prefetch import prefetch
-from .quantize import slot
+from .quantize import OFFSET, SCALE, WORDS, slot
 
 ROW_BLOCK = 64  # rows whose sums are in the cache together
 # Groups whose weights are asked for before they are needed. The hardware's own prefetching stops at
@@ -38,6 +38,10 @@ def _quad(W, panel, group, t, col, bits: int, lanes: int):
     )
 
 
+def _row_scale(A, at, lanes: int):
+    return T.broadcast(T.reinterpret("float32", A[at, SCALE]), lanes)
+
+
 def int8_linear(
     dot: Dot,
     tile_rows: int,
@@ -47,8 +51,8 @@ def int8_linear(
     scale_dtype: str,
     residual: bool,
 ):
-    """a `[m, groups, 8]` i32, a_scale `[m, groups]` f32, offset `[m, groups]` i32 (quantize.py),
-    q, scale (layout.group_shapes), (residual `[m, out]` f32) → `[m, out]` f32.
+    """a `[m, groups, 10]` i32 (quantize.py), q, scale (layout.group_shapes),
+    (residual `[m, out]` f32) → `[m, out]` f32.
 
     One row streams the weights through registers (decode is bound by reading them). More rows pass,
     tile_rows at a time, over the weights of a group that were unpacked into registers.
@@ -87,7 +91,7 @@ def int8_linear(
         T.evaluate(prefetch(LS[at, 0]))
 
     @T.inline
-    def one_row(A, AS, AZ, W, S, LW, LS, F, p, first):
+    def one_row(A, W, S, LW, LS, F, p, first):
         acc = T.alloc_buffer((parts * lanes,), "float32")
         for i in T.unroll(parts):
             acc[T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
@@ -97,7 +101,7 @@ def int8_linear(
                 ask(LW, LS, p, j, g + ROW_AHEAD)
             h = T.alloc_buffer((parts * acc_len,), acc_dtype)
             for i in T.unroll(parts):
-                h[T.ramp(i * acc_len, 1, acc_len)] = dot.start(AZ[at])
+                h[T.ramp(i * acc_len, 1, acc_len)] = dot.start(A[at, OFFSET])
             for t in T.unroll(_QUADS):
                 for i in T.unroll(parts):
                     w = T.meta_var(
@@ -122,32 +126,32 @@ def int8_linear(
                         T.ramp(i * lanes % PANEL, 1, lanes),
                     ]
                 )
-                total = T.meta_var(dot.finish(h[T.ramp(i * acc_len, 1, acc_len)], AZ[at]))
+                total = T.meta_var(dot.finish(h[T.ramp(i * acc_len, 1, acc_len)], A[at, OFFSET]))
                 acc[T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
-                    T.Cast(f"float32x{lanes}", s) * T.broadcast(AS[at], lanes)
+                    T.Cast(f"float32x{lanes}", s) * _row_scale(A, at, lanes)
                 )
         for i in T.unroll(parts):
             F[0, T.ramp(i * lanes, 1, lanes)] = acc[T.ramp(i * lanes, 1, lanes)]
 
     @T.inline
-    def tile(A, AS, AZ, w, scale, F, i, at, row, n_rows):
+    def tile(A, w, scale, F, i, at, row, n_rows):
         """at: slot of the first of the rows; row: in F."""
         h = T.alloc_buffer((n_rows * acc_len,), acc_dtype)
         for r in T.unroll(n_rows):
-            h[T.ramp(r * acc_len, 1, acc_len)] = dot.start(AZ[at + r])
+            h[T.ramp(r * acc_len, 1, acc_len)] = dot.start(A[at + r, OFFSET])
         for t in T.unroll(_QUADS):
             for r in T.unroll(n_rows):
                 h[T.ramp(r * acc_len, 1, acc_len)] = dot.step(
                     h[T.ramp(r * acc_len, 1, acc_len)], w[T.ramp(t * lanes, 1, lanes)], A[at + r, t]
                 )
         for r in T.unroll(n_rows):
-            total = T.meta_var(dot.finish(h[T.ramp(r * acc_len, 1, acc_len)], AZ[at + r]))
+            total = T.meta_var(dot.finish(h[T.ramp(r * acc_len, 1, acc_len)], A[at + r, OFFSET]))
             F[row + r, T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
-                scale[T.ramp(0, 1, lanes)] * T.broadcast(AS[at + r], lanes)
+                scale[T.ramp(0, 1, lanes)] * _row_scale(A, at + r, lanes)
             )
 
     @T.inline
-    def many_rows(A, AS, AZ, W, S, LW, LS, F, p, start, count):
+    def many_rows(A, W, S, LW, LS, F, p, start, count):
         for r in T.serial(count):
             for i in T.unroll(parts):
                 F[r, T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
@@ -168,17 +172,15 @@ def int8_linear(
                 for k in T.serial(count // tile_rows):
                     row: T.let = k * tile_rows
                     at: T.let = slot(start + row, tile_rows, n_groups, g, 0)
-                    tile(A, AS, AZ, w, scale, F, i, at, row, tile_rows)
+                    tile(A, w, scale, F, i, at, row, tile_rows)
                 left: T.let = count % tile_rows
                 last: T.let = slot(start + count - left, left, n_groups, g, 0)
                 for k in T.serial(left):
-                    tile(A, AS, AZ, w, scale, F, i, last + k, count - left + k, 1)
+                    tile(A, w, scale, F, i, last + k, count - left + k, 1)
 
     @T.inline
-    def body(rows_a, rows_scale, rows_offset, W, S, R, O, m):
-        A = T.decl_buffer((m * n_groups, _QUADS), "int32", data=rows_a.data)
-        AS = T.decl_buffer((m * n_groups,), "float32", data=rows_scale.data)
-        AZ = T.decl_buffer((m * n_groups,), "int32", data=rows_offset.data)
+    def body(rows, W, S, R, O, m):
+        A = T.decl_buffer((m * n_groups, WORDS), "int32", data=rows.data)
         LW = T.decl_buffer((n_panels * n_groups, bits, PANEL), "uint32", data=W.data)
         LS = T.decl_buffer((n_panels * n_groups, PANEL), scale_dtype, data=S.data)
         for p in T.parallel(n_panels // side):
@@ -187,9 +189,9 @@ def int8_linear(
                 start: T.let = block * row_block
                 count: T.let = T.min(m - start, row_block)
                 if count == 1:
-                    one_row(A, AS, AZ, W, S, LW, LS, F, p, start)
+                    one_row(A, W, S, LW, LS, F, p, start)
                 else:
-                    many_rows(A, AS, AZ, W, S, LW, LS, F, p, start, count)
+                    many_rows(A, W, S, LW, LS, F, p, start, count)
                 for r in T.serial(count):
                     for j in T.unroll(side):
                         store(F, R, O, r, j, start + r, (p * side + j) * PANEL)
@@ -199,41 +201,33 @@ def int8_linear(
         @T.prim_func(private=True, s_tir=True)
         def with_residual(
             a: T.handle,
-            a_scale: T.handle,
-            offset: T.handle,
             q: T.handle,
             scale: T.handle,
             res: T.handle,
             out: T.handle,
         ):
             m = T.int64()
-            A = T.match_buffer(a, (m, n_groups, _QUADS), "int32")
-            AS = T.match_buffer(a_scale, (m, n_groups), "float32")
-            AZ = T.match_buffer(offset, (m, n_groups), "int32")
+            A = T.match_buffer(a, (m, n_groups, WORDS), "int32")
             W = T.match_buffer(q, q_shape, "uint32")
             S = T.match_buffer(scale, scale_shape, scale_dtype)
             R = T.match_buffer(res, (m, out_features), "float32")
             O = T.match_buffer(out, (m, out_features), "float32")
-            body(A, AS, AZ, W, S, R, O, m)
+            body(A, W, S, R, O, m)
 
         return hand_scheduled(with_residual)
 
     @T.prim_func(private=True, s_tir=True)
     def plain(
         a: T.handle,
-        a_scale: T.handle,
-        offset: T.handle,
         q: T.handle,
         scale: T.handle,
         out: T.handle,
     ):
         m = T.int64()
-        A = T.match_buffer(a, (m, n_groups, _QUADS), "int32")
-        AS = T.match_buffer(a_scale, (m, n_groups), "float32")
-        AZ = T.match_buffer(offset, (m, n_groups), "int32")
+        A = T.match_buffer(a, (m, n_groups, WORDS), "int32")
         W = T.match_buffer(q, q_shape, "uint32")
         S = T.match_buffer(scale, scale_shape, scale_dtype)
         O = T.match_buffer(out, (m, out_features), "float32")
-        body(A, AS, AZ, W, S, None, O, m)
+        body(A, W, S, None, O, m)
 
     return hand_scheduled(plain)

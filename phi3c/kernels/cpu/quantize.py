@@ -2,15 +2,24 @@
 
 Rows lie in tiles, the last one of what rows are left, and in a tile group by group: what a tile of
 rows needs of a group is contiguous, whatever the number of features. One row lies as it is.
+
+A group is ten 32-bit words: eight of four int8 each, low byte first; the bits of the float32 scale;
+the offset −zero · Σa, which is what Σqa lacks to be Σ(q − zero)a.
 """
+
+import operator
 
 from tvm.script import tirx as T
 
 from ..root import hand_scheduled
+from .isa import Isa
 from .layout import GROUP
 from .parallel import SERIAL_ROWS
+from .reduce import folded
 
-_EIGHT = 8  # int32 words of four int8 in a group
+OCTETS = GROUP // 4  # words of int8
+SCALE, OFFSET = OCTETS, OCTETS + 1
+WORDS = OCTETS + 2
 
 
 def slot(first, rows, groups: int, group, row):
@@ -18,70 +27,71 @@ def slot(first, rows, groups: int, group, row):
     return first * groups + group * rows + row
 
 
-def quantize_rows(features: int, zero: int, tile_rows: int):
-    """x `[m, features]` f32 → a `[m, groups, 8]` int32 (four int8 each, low byte first),
-    scale `[m, groups]` f32, offset `[m, groups]` int32, all in the order of `slot`.
+def slot_of(m, tile_rows: int, groups: int, row, group):
+    """The same, of any row of m."""
+    first = row // tile_rows * tile_rows
+    return slot(first, T.min(m - first, tile_rows), groups, group, row - first)
 
-    x ≈ scale · a, a = round(x / scale), scale = max|x| / 127 of the group. `offset` is −zero · Σa:
-    what Σqa lacks to be Σ(q − zero)a.
+
+def quantized_group(isa: Isa, zero: int):
+    """Returns the inline function `put(V, A, at)`: V `[32]` f32 → A[at] `[10]` i32 (see above).
+
+    x ≈ scale · a, a = round(x / scale), scale = max|x| / 127 of the group.
     """
-    groups = features // GROUP
+    lanes = min(isa.lanes, 16)
+    largest, added = folded(T.max, lanes), folded(operator.add, lanes)
 
     @T.inline
-    def group(X, A, S, Z, i, g, at):
-        top = T.alloc_buffer((8,), "float32")
-        best = T.alloc_buffer((1,), "float32")
-        total = T.alloc_buffer((8,), "int32")
+    def put(V, A, at):
+        top = T.alloc_buffer((lanes,), "float32")
+        total = T.alloc_buffer((lanes,), "int32")
         octets = T.alloc_buffer((GROUP,), "int8")
-        summed = T.alloc_buffer((1,), "int32")
-        for v in T.vectorized(8):
+        for v in T.vectorized(lanes):
             top[v] = T.float32(1e-30)
-        for j in T.unroll(GROUP // 8):
-            for v in T.vectorized(8):
-                top[v] = T.max(top[v], T.abs(X[i, g * GROUP + j * 8 + v]))
-        best[0] = top[0]
-        for v in T.unroll(7):
-            best[0] = T.max(best[0], top[v + 1])
-        S[at] = best[0] * T.float32(1 / 127)
-        inverse: T.let = T.float32(127) / best[0]
-        for v in T.vectorized(8):
             total[v] = 0
-        for j in T.unroll(GROUP // 8):
-            for v in T.vectorized(8):
-                rounded = T.meta_var(
-                    T.Cast("int32", T.nearbyint(X[i, g * GROUP + j * 8 + v] * inverse))
-                )
+        for j in T.unroll(GROUP // lanes):
+            for v in T.vectorized(lanes):
+                top[v] = T.max(top[v], T.abs(V[j * lanes + v]))
+        largest(top)
+        inverse: T.let = T.float32(127) / top[0]
+        for j in T.unroll(GROUP // lanes):
+            for v in T.vectorized(lanes):
+                rounded = T.meta_var(T.Cast("int32", T.nearbyint(V[j * lanes + v] * inverse)))
                 total[v] += rounded
-                octets[j * 8 + v] = T.Cast("int8", rounded)
-        summed[0] = 0
-        for v in T.unroll(8):
-            summed[0] += total[v]
-        Z[at] = summed[0] * -zero
-        A[at, T.ramp(0, 1, _EIGHT)] = T.reinterpret(f"int32x{_EIGHT}", octets[T.ramp(0, 1, GROUP)])
+                octets[j * lanes + v] = T.Cast("int8", rounded)
+        A[at, T.ramp(0, 1, OCTETS)] = T.reinterpret(f"int32x{OCTETS}", octets[T.ramp(0, 1, GROUP)])
+        A[at, SCALE] = T.reinterpret("int32", top[0] * T.float32(1 / 127))
+        added(total)
+        A[at, OFFSET] = total[0] * -zero
+
+    return put
+
+
+def quantize_rows(isa: Isa, features: int, zero: int):
+    """x `[m, features]` f32 → `[m, groups, 10]` i32, in the order of `slot`."""
+    groups = features // GROUP
+    tile_rows = isa.int8_rows
+    put = quantized_group(isa, zero)
 
     @T.inline
-    def row(X, A, S, Z, m, i):
-        first: T.let = i // tile_rows * tile_rows
-        rows: T.let = T.min(m - first, tile_rows)
+    def row(X, A, m, i):
         for g in T.serial(groups):
-            at: T.let = slot(first, rows, groups, g, i - first)
-            group(X, A, S, Z, i, g, at)
+            V = T.alloc_buffer((GROUP,), "float32")
+            for v in T.vectorized(GROUP):
+                V[v] = X[i, g * GROUP + v]
+            put(V, A, slot_of(m, tile_rows, groups, i, g))
 
     @T.prim_func(private=True, s_tir=True)
-    def func(x: T.handle, a: T.handle, scale: T.handle, offset: T.handle):
+    def func(x: T.handle, a: T.handle):
         m = T.int64()
         X = T.match_buffer(x, (m, features), "float32")
-        As = T.match_buffer(a, (m, groups, _EIGHT), "int32")
-        Ss = T.match_buffer(scale, (m, groups), "float32")
-        Zs = T.match_buffer(offset, (m, groups), "int32")
-        A = T.decl_buffer((m * groups, _EIGHT), "int32", data=As.data)
-        S = T.decl_buffer((m * groups,), "float32", data=Ss.data)
-        Z = T.decl_buffer((m * groups,), "int32", data=Zs.data)
+        As = T.match_buffer(a, (m, groups, WORDS), "int32")
+        A = T.decl_buffer((m * groups, WORDS), "int32", data=As.data)
         if m <= SERIAL_ROWS:
             for i in T.serial(m):
-                row(X, A, S, Z, m, i)
+                row(X, A, m, i)
         else:
             for i in T.parallel(m):
-                row(X, A, S, Z, m, i)
+                row(X, A, m, i)
 
     return hand_scheduled(func)
