@@ -16,6 +16,7 @@ from kernel_twins import BLOCK, PagedSequence
 from phi3c.errors import TargetError
 from phi3c.kernels.cpu import CpuKernels, layout
 from phi3c.kernels.cpu.decode_attention import CHUNK as DECODE_CHUNK
+from phi3c.kernels.cpu.decode_attention import SPLIT as DECODE_SPLIT
 from phi3c.kernels.cpu.isa import PORTABLE, Isa
 from phi3c.kernels.cpu.parallel import SERIAL_ROWS
 from phi3c.kernels.cpu.prefill_attention import CHUNK as PREFILL_CHUNK
@@ -426,6 +427,13 @@ def test_decode_attention_over_many_blocks(isa, shape, drops):
     keys = DECODE_CHUNK * BLOCK
     lengths = [keys - 2, keys - 1, keys, 3, 2 * keys + 5]
     check_attention(run_decode, isa, shape, [(n, [-1], drops) for n in lengths], seed=1)
+
+
+def test_decode_attention_of_contexts_in_parts(isa, shape):
+    part = DECODE_SPLIT * BLOCK
+    lengths = [part - 1, part, 3, 2 * part - 1, 2 * part + BLOCK + 5]
+    check_attention(run_decode, isa, shape, [(n, [-1], n % 2) for n in lengths], seed=4)
+    check_attention(run_decode, isa, shape, [(lengths[-1], [-1], False)], seed=5)
 
 
 def test_decode_attention_of_one_sequence(isa, shape):

@@ -214,9 +214,7 @@ class Phi3Attention(nn.Module):
         self.qkv_proj = Phi3Linear(ops, c.hidden_size, qkv)
         self.o_proj = Phi3Linear(ops, c.num_attention_heads * c.head_dim, c.hidden_size)
 
-    def forward(
-        self, x: Activation, rope: Tensor, pages: Tensor, inputs: DecodeInputs
-    ) -> Tensor:
+    def forward(self, x: Activation, rope: Tensor, pages: Tensor, inputs: DecodeInputs) -> Tensor:
         qkv = self.qkv_proj(x)  # [n, (heads + 2·kv_heads)·head_dim]
         q, pages = self.ops.rope_append(qkv, rope, inputs.slots, pages)  # [n, heads·head_dim]
         return self.ops.attention(q, pages, inputs)

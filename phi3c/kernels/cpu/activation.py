@@ -54,9 +54,7 @@ def silu_mul_quantize(isa: Isa, intermediate_size: int, zero: int):
                 g: T.let = task % tasks * per_task + k
                 V = T.alloc_buffer((GROUP,), "float32")
                 for v in T.vectorized(GROUP):
-                    V[v] = (
-                        silu(G[row, g * GROUP + v]) * G[row, intermediate_size + g * GROUP + v]
-                    )
+                    V[v] = silu(G[row, g * GROUP + v]) * G[row, intermediate_size + g * GROUP + v]
                 put(V, A, slot_of(n, tile_rows, groups, row, g))
 
     return hand_scheduled(func)

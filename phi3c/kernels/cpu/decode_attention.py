@@ -2,7 +2,8 @@
 
 Online softmax (Milakov & Gimelshein 2018) over chunks of KV blocks; the query heads of a group
 share each block while it is in cache. Blocks of a head lie far apart, so the next one is prefetched
-while one is used.
+while one is used. A long context is split, so that few heads keep many cores busy; the parts are
+joined at the end (Dao et al. 2023, Flash-Decoding).
 """
 
 from tvm.script import tirx as T
@@ -10,10 +11,12 @@ from tvm.script import tirx as T
 from ..root import hand_scheduled
 from .isa import Isa, vector_lanes
 from .layout import KV_BLOCK
+from .math import exp2
 from .prefetch import prefetcher
 from .softmax import MASKED, online_softmax
 
 CHUNK = 8  # KV blocks between two rescalings of the accumulator
+SPLIT = 32  # KV blocks of a part: enough work to pay for joining it
 
 
 def decode_attention(
@@ -58,6 +61,67 @@ def decode_attention(
                     T.And(first + v >= low, first + v <= high), acc[0, v], T.float32(MASKED)
                 )
 
+    @T.inline
+    def attend(Q, K, V, P, B, S, M, L, O, b, kvh, at, lo, hi, start, low, high):
+        """Blocks lo … hi − 1 of a sequence whose list begins at `at`, keys low … high."""
+        for chunk in T.serial((hi - lo + CHUNK - 1) // CHUNK):
+            base: T.let = lo + chunk * CHUNK
+            here: T.let = T.min(hi - base, CHUNK)
+            for c in T.serial(here):
+                block: T.let = T.Cast("int64", B[at + base + c])
+                first: T.let = start + (base + c) * KV_BLOCK
+                more: T.let = c + 1 < here
+                following: T.let = T.Cast("int64", B[at + base + T.if_then_else(more, c + 1, 0)])
+                side: T.let = T.if_then_else(more, 0, 1)
+                scores(Q, K, P, S, b, kvh, block, first, c, low, high, following, side)
+            for g in T.serial(group):
+                softmax(S, M, L, O, g, here)
+            for c in T.serial(here):
+                vblock: T.let = T.Cast("int64", B[at + base + c])
+                # Slots past the query hold nothing, not even zeros: 0 · NaN would reach O.
+                tokens: T.let = T.min(high - start - (base + c) * KV_BLOCK + 1, KV_BLOCK)
+                vnext: T.let = T.Cast("int64", B[at + T.min(base + c + 1, hi - 1)])
+                vside: T.let = T.if_then_else(c + 1 < here, 1, 0)
+                for g in T.serial(group):
+                    acc = T.alloc_buffer((vectors, lanes), "float32")
+                    for j in T.unroll(vectors):
+                        for v in T.vectorized(lanes):
+                            acc[j, v] = O[g, j * lanes + v]
+                    for t in T.serial(tokens):
+                        if g == 0:
+                            ahead(P, vnext, vside, kvh, t * head_dim, head_dim)
+                        for j in T.unroll(vectors):
+                            for v in T.vectorized(lanes):
+                                acc[j, v] += S[g, c * KV_BLOCK + t] * T.Cast(
+                                    "float32", V[vblock, 1, kvh, t, j * lanes + v]
+                                )
+                    for j in T.unroll(vectors):
+                        for v in T.vectorized(lanes):
+                            O[g, j * lanes + v] = acc[j, v]
+
+    @T.inline
+    def join(PO, PM, PL, OUT, b, head, parts):
+        """The parts of one query head: weights relative to the largest maximum."""
+        top = T.alloc_buffer((1,), "float32")
+        total = T.alloc_buffer((1,), "float32")
+        acc = T.alloc_buffer((head_dim,), "float32")
+        top[0] = T.float32(MASKED)
+        total[0] = T.float32(0)
+        for j in T.serial(vectors):
+            for v in T.vectorized(lanes):
+                acc[j * lanes + v] = T.float32(0)
+        for part in T.serial(parts):
+            top[0] = T.max(top[0], PM[b, head, part])
+        for part in T.serial(parts):
+            weight: T.let = exp2(PM[b, head, part] - top[0])
+            total[0] += weight * PL[b, head, part]
+            for j in T.serial(vectors):
+                for v in T.vectorized(lanes):
+                    acc[j * lanes + v] += weight * PO[b, head, part, j * lanes + v]
+        for j in T.serial(vectors):
+            for v in T.vectorized(lanes):
+                OUT[b, head * head_dim + j * lanes + v] = acc[j * lanes + v] / total[0]
+
     @T.prim_func(private=True, s_tir=True)
     def func(
         q: T.handle,
@@ -80,65 +144,49 @@ def decode_attention(
         OUT = T.match_buffer(out, (batch, heads * head_dim), "float32")
         K = T.decl_buffer((blocks, 2, kv_heads, head_dim, KV_BLOCK), kv_dtype, data=P.data)
         V = T.decl_buffer((blocks, 2, kv_heads, KV_BLOCK, head_dim), kv_dtype, data=P.data)
-        for task in T.parallel(batch * kv_heads):
-            b: T.let = task // kv_heads
-            kvh: T.let = task % kv_heads
+        most = T.alloc_buffer((1,), "int32")
+        most[0] = 1
+        for b in T.serial(batch):
+            most[0] = T.max(most[0], BI[b + 1] - BI[b])
+        parts: T.let = T.Cast("int64", (most[0] + SPLIT - 1) // SPLIT)
+        # No sequence has more parts than all blocks would make.
+        PO = T.alloc_buffer((batch, heads, (listed + SPLIT - 1) // SPLIT, head_dim), "float32")
+        PM = T.alloc_buffer((batch, heads, (listed + SPLIT - 1) // SPLIT), "float32")
+        PL = T.alloc_buffer((batch, heads, (listed + SPLIT - 1) // SPLIT), "float32")
+        # Heads outermost: where sequences differ in length, every thread has some of each.
+        for task in T.parallel(kv_heads * batch * parts):
+            kvh: T.let = task // (batch * parts)
+            b: T.let = task // parts % batch
+            part: T.let = task % parts
             S = T.alloc_buffer((group, keys), "float32")
             O = T.alloc_buffer((group, head_dim), "float32")
             M = T.alloc_buffer((group,), "float32")
             L = T.alloc_buffer((group,), "float32")
             high: T.let = POS[b]
             low: T.let = T.max(high - ((window or 2**30) - 1), START[b])
-            first_block: T.let = (low - START[b]) // KV_BLOCK
-            n_blocks: T.let = (high - START[b]) // KV_BLOCK + 1 - first_block
+            lo: T.let = (low - START[b]) // KV_BLOCK + T.Cast("int32", part) * SPLIT
+            hi: T.let = T.min(lo + SPLIT, (high - START[b]) // KV_BLOCK + 1)
             for g in T.serial(group):
                 M[g] = T.float32(MASKED)
                 L[g] = T.float32(0)
                 for j in T.serial(vectors):
                     for v in T.vectorized(lanes):
                         O[g, j * lanes + v] = T.float32(0)
-            for chunk in T.serial((n_blocks + CHUNK - 1) // CHUNK):
-                base: T.let = first_block + chunk * CHUNK
-                here: T.let = T.min(n_blocks - chunk * CHUNK, CHUNK)
-                for c in T.serial(here):
-                    block: T.let = T.Cast("int64", B[BI[b] + base + c])
-                    first: T.let = START[b] + (base + c) * KV_BLOCK
-                    more: T.let = c + 1 < here
-                    following: T.let = T.Cast(
-                        "int64", B[BI[b] + base + T.if_then_else(more, c + 1, 0)]
-                    )
-                    side: T.let = T.if_then_else(more, 0, 1)
-                    scores(Q, K, P, S, b, kvh, block, first, c, low, high, following, side)
-                for g in T.serial(group):
-                    softmax(S, M, L, O, g, here)
-                for c in T.serial(here):
-                    vblock: T.let = T.Cast("int64", B[BI[b] + base + c])
-                    # Slots past the query hold nothing, not even zeros: 0 · NaN would reach O.
-                    tokens: T.let = T.min(high - START[b] - (base + c) * KV_BLOCK + 1, KV_BLOCK)
-                    last: T.let = first_block + n_blocks - 1
-                    vnext: T.let = T.Cast("int64", B[BI[b] + T.min(base + c + 1, last)])
-                    vside: T.let = T.if_then_else(c + 1 < here, 1, 0)
-                    for g in T.serial(group):
-                        acc = T.alloc_buffer((vectors, lanes), "float32")
-                        for j in T.unroll(vectors):
-                            for v in T.vectorized(lanes):
-                                acc[j, v] = O[g, j * lanes + v]
-                        for t in T.serial(tokens):
-                            if g == 0:
-                                ahead(P, vnext, vside, kvh, t * head_dim, head_dim)
-                            for j in T.unroll(vectors):
-                                for v in T.vectorized(lanes):
-                                    acc[j, v] += S[g, c * KV_BLOCK + t] * T.Cast(
-                                        "float32", V[vblock, 1, kvh, t, j * lanes + v]
-                                    )
-                        for j in T.unroll(vectors):
-                            for v in T.vectorized(lanes):
-                                O[g, j * lanes + v] = acc[j, v]
+            attend(Q, K, V, P, B, S, M, L, O, b, kvh, BI[b], lo, hi, START[b], low, high)
             for g in T.serial(group):
-                for j in T.serial(vectors):
-                    for v in T.vectorized(lanes):
-                        OUT[b, (kvh * group + g) * head_dim + j * lanes + v] = (
-                            O[g, j * lanes + v] / L[g]
-                        )
+                head: T.let = kvh * group + g
+                if parts == 1:
+                    for j in T.serial(vectors):
+                        for v in T.vectorized(lanes):
+                            OUT[b, head * head_dim + j * lanes + v] = O[g, j * lanes + v] / L[g]
+                else:
+                    PM[b, head, part] = M[g]
+                    PL[b, head, part] = L[g]
+                    for j in T.serial(vectors):
+                        for v in T.vectorized(lanes):
+                            PO[b, head, part, j * lanes + v] = O[g, j * lanes + v]
+        if parts > 1:
+            for row in T.parallel(batch * heads):
+                join(PO, PM, PL, OUT, row // heads, row % heads, parts)
 
     return hand_scheduled(func)

@@ -1,11 +1,15 @@
 """y = x Wᵀ over group-quantized weight panels, with float32 activations."""
 
+import operator
+
 from tvm.script import tirx as T
 
 from ..root import hand_scheduled
-from .group_weight import value
+from .group_weight import near_one, quad, value
 from .isa import Isa
 from .layout import GROUP, PANEL, group_shapes
+from .prefetch import ROW_AHEAD, group_prefetcher
+from .reduce import folded
 
 ROW_BLOCK = 64  # rows that share one dequantized tile of weights
 
@@ -21,8 +25,8 @@ def group_linear(
 ):
     """x `[m, in]` f32, q, scale (layout.group_shapes), (residual `[m, out]`) → `[m, out]` f32.
 
-    A tile of weights is dequantized into L1 and used by up to 64 rows, in register tiles as in
-    linear.py. With `residual`, y += residual.
+    One row streams the weights through registers. For more, a tile of weights is dequantized into
+    L1 and used by up to 64 rows, in register tiles as in linear.py. With `residual`, y += residual.
     """
     q_shape, scale_shape = group_shapes(out_features, in_features, bits)
     n_panels, n_groups = q_shape[:2]
@@ -31,6 +35,40 @@ def group_linear(
     per_tile = next(d for d in (4, 3, 2, 1) if n_groups % d == 0)  # groups in a tile
     depth = per_tile * GROUP
     tail = out_features % PANEL
+    ask = group_prefetcher(side, n_groups, bits)
+    added = folded(operator.add, PANEL)
+    one = 2**bits  # what near_one divides by, and adds: Σ(q − zero)x = one·Σ(1 + q/one)x − …
+
+    @T.inline
+    def one_row(X, W, S, LW, LS, A, p, row):
+        for j in T.unroll(side):
+            for v in T.vectorized(PANEL):
+                A[0, j, v] = T.float32(0)
+        for g in T.serial(n_groups):
+            total = T.alloc_buffer((PANEL,), "float32")
+            h = T.alloc_buffer((side, 2, PANEL), "float32")  # two sums: additions wait less
+            for j in T.unroll(side):
+                ask(LW, LS, p, j, g + ROW_AHEAD)
+                for u in T.unroll(2):
+                    for v in T.vectorized(PANEL):
+                        h[j, u, v] = T.float32(0)
+            for v in T.vectorized(PANEL):
+                total[v] = X[row, g * GROUP + v] + X[row, g * GROUP + PANEL + v]
+            added(total)
+            for t in T.unroll(GROUP // 4):
+                for b in T.unroll(4):
+                    for j in T.unroll(side):
+                        for v in T.vectorized(PANEL):
+                            octets = T.meta_var(quad(W, p * side + j, g, t, v, bits))
+                            h[j, b % 2, v] += X[row, g * GROUP + t * 4 + b] * near_one(
+                                octets, b, bits
+                            )
+            for j in T.unroll(side):
+                for v in T.vectorized(PANEL):
+                    A[0, j, v] += T.Cast("float32", S[p * side + j, g, v]) * (
+                        (h[j, 0, v] + h[j, 1, v]) * T.float32(one)
+                        - total[0] * T.float32(one + zero)
+                    )
 
     @T.inline
     def dequantize(W, S, D, p, tile):
@@ -82,24 +120,33 @@ def group_linear(
                     O[row, col + v] = A[at, j, v]
 
     @T.inline
+    def many_rows(X, W, S, D, A, p, start, count):
+        for r in T.serial(count):
+            for j in T.unroll(side):
+                for v in T.vectorized(PANEL):
+                    A[r, j, v] = T.float32(0)
+        for tile in T.serial(n_groups // per_tile):
+            dequantize(W, S, D, p, tile)
+            for t in T.serial(count // rows):
+                multiply(X, D, A, start + t * rows, t * rows, tile, rows)
+            for t in T.serial(count % rows):
+                at = T.meta_var(count // rows * rows + t)
+                multiply(X, D, A, start + at, at, tile, 1)
+
+    @T.inline
     def body(X, W, S, R, O, m):
+        LW = T.decl_buffer((n_panels * n_groups, bits, PANEL), "uint32", data=W.data)
+        LS = T.decl_buffer((n_panels * n_groups, PANEL), scale_dtype, data=S.data)
         for p in T.parallel(n_panels // side):
             A = T.alloc_buffer((ROW_BLOCK, side, PANEL), "float32")
             D = T.alloc_buffer((depth, side, PANEL), "float32")
             for block in T.serial((m + ROW_BLOCK - 1) // ROW_BLOCK):
                 start: T.let = block * ROW_BLOCK
                 count: T.let = T.min(m - start, ROW_BLOCK)
-                for r in T.serial(count):
-                    for j in T.unroll(side):
-                        for v in T.vectorized(PANEL):
-                            A[r, j, v] = T.float32(0)
-                for tile in T.serial(n_groups // per_tile):
-                    dequantize(W, S, D, p, tile)
-                    for t in T.serial(count // rows):
-                        multiply(X, D, A, start + t * rows, t * rows, tile, rows)
-                    for t in T.serial(count % rows):
-                        at = T.meta_var(count // rows * rows + t)
-                        multiply(X, D, A, start + at, at, tile, 1)
+                if count == 1:
+                    one_row(X, W, S, LW, LS, A, p, start)
+                else:
+                    many_rows(X, W, S, D, A, p, start, count)
                 for r in T.serial(count):
                     for j in T.unroll(side):
                         store(A, R, O, r, j, start + r, (p * side + j) * PANEL)

@@ -25,3 +25,13 @@ def value(W, panel, group, k, row, bits: int, zero: int):
     octets = quad(W, panel, group, k // 4, row, bits)
     octet = T.bitwise_and(T.shift_right(octets, T.Cast("uint32", k % 4 * 8)), T.uint32(255))
     return T.Cast("float32", T.Cast("int32", octet) - zero)
+
+
+def near_one(octets, b, bits: int):
+    """Byte b of a quad, a stored value below 2^bits, as the float32 1 + value / 2^bits.
+
+    Its top mantissa bits: a shift and a logical operation, where a conversion takes one more.
+    """
+    octet = T.bitwise_and(T.shift_right(octets, T.Cast("uint32", b * 8)), T.uint32(2**bits - 1))
+    mantissa = T.shift_left(octet, T.uint32(23 - bits))
+    return T.reinterpret("float32", T.bitwise_or(mantissa, T.uint32(0x3F800000)))

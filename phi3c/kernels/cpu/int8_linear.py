@@ -5,14 +5,11 @@ from tvm.script import tirx as T
 from ..root import hand_scheduled
 from .int8_dot import Dot
 from .layout import GROUP, PANEL, group_shapes
-from .prefetch import prefetch
+from .prefetch import ROW_AHEAD, group_prefetcher
 from .quantize import OFFSET, SCALE, WORDS, slot
 
 ROW_BLOCK = 64  # rows whose sums are in the cache together
-# Groups whose weights are asked for before they are needed. The hardware's own prefetching stops at
-# every page and starts anew in every panel: without ours, one row reads at 85 % of the bandwidth.
-ROW_AHEAD = 8  # by one row
-ROWS_AHEAD = 3  # by more
+ROWS_AHEAD = 3  # groups whose weights are prefetched, where many rows pass
 _QUADS = GROUP // 4
 
 
@@ -65,6 +62,7 @@ def int8_linear(
     acc_len, acc_dtype = dot.acc_len, dot.acc_dtype
     row_block = ROW_BLOCK // tile_rows * tile_rows
     tail = out_features % PANEL
+    ask = group_prefetcher(side, n_groups, bits)
 
     @T.inline
     def store(F, R, O, at, j, row, col):
@@ -80,15 +78,6 @@ def int8_linear(
                     O[row, col + v] = F[at, j * PANEL + v] + R[row, col + v]
                 else:
                     O[row, col + v] = F[at, j * PANEL + v]
-
-    @T.inline
-    def ask(LW, LS, p, j, g):
-        # A group past the end is one of the next task: of the panel that lies `side` further on.
-        over: T.let = T.if_then_else(g < n_groups, 0, (side - 1) * n_groups)
-        at: T.let = (p * side + j) * n_groups + g + over
-        for word in T.unroll(bits):
-            T.evaluate(prefetch(LW[at, word, 0]))
-        T.evaluate(prefetch(LS[at, 0]))
 
     @T.inline
     def one_row(A, W, S, LW, LS, F, p, first):

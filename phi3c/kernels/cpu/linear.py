@@ -1,11 +1,15 @@
 """y = x Wᵀ over weight panels (layout.py), for any number of rows."""
 
+import numpy as np
 from tvm.script import tirx as T
 
 from ..root import hand_scheduled
 from .isa import Isa
 from .layout import PANEL, panel_shape
 from .plain_weight import as_float32
+from .prefetch import later, prefetch
+
+_AHEAD_BYTES = 2048  # of a panel, that one row asks for before it needs them
 
 
 def linear(isa: Isa, out_features: int, in_features: int, weight_dtype: str, residual: bool):
@@ -19,6 +23,7 @@ def linear(isa: Isa, out_features: int, in_features: int, weight_dtype: str, res
     group = isa.linear_panels if n_panels % isa.linear_panels == 0 else 1
     rows = isa.linear_rows
     tail = out_features % PANEL
+    ahead = _AHEAD_BYTES // (PANEL * np.dtype(weight_dtype).itemsize)  # input features
 
     @T.inline
     def store(acc, R, O, r, g, col, row):
@@ -40,7 +45,7 @@ def linear(isa: Isa, out_features: int, in_features: int, weight_dtype: str, res
                     O[row, col + v] = last[v]
 
     @T.inline
-    def tile(X, W, R, O, p, row, n_rows):
+    def tile(X, W, L, R, O, p, row, n_rows):
         acc = T.alloc_buffer((n_rows, group, PANEL), "float32")
         for r in T.unroll(n_rows):
             for g in T.unroll(group):
@@ -48,6 +53,9 @@ def linear(isa: Isa, out_features: int, in_features: int, weight_dtype: str, res
                     acc[r, g, v] = T.float32(0)
         for k in T.serial(in_features):
             w = T.alloc_buffer((group, PANEL), "float32")
+            if n_rows == 1:
+                for g in T.unroll(group):
+                    T.evaluate(prefetch(L[later(p, g, group, in_features, k + ahead), 0]))
             for g in T.unroll(group):
                 for v in T.vectorized(PANEL):
                     w[g, v] = as_float32(W[p * group + g, k, v], weight_dtype)
@@ -61,11 +69,12 @@ def linear(isa: Isa, out_features: int, in_features: int, weight_dtype: str, res
 
     @T.inline
     def body(X, W, R, O, m):
+        L = T.decl_buffer((n_panels * in_features, PANEL), weight_dtype, data=W.data)
         for p in T.parallel(n_panels // group):
             for t in T.serial(m // rows):
-                tile(X, W, R, O, p, t * rows, rows)
+                tile(X, W, L, R, O, p, t * rows, rows)
             for t in T.serial(m % rows):
-                tile(X, W, R, O, p, m // rows * rows + t, 1)
+                tile(X, W, L, R, O, p, m // rows * rows + t, 1)
 
     if residual:
 

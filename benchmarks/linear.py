@@ -1,6 +1,6 @@
-"""Speed of one quantized linear by number of rows, on weights that are not in a cache.
+"""Speed of one linear by number of rows, on weights that are not in a cache.
 
-python benchmarks/int8_linear.py 3072x8192 --rows 1,8,128 --threads 1
+python benchmarks/linear.py 3072x8192 --weights q4 --rows 1,8,128 --threads 1
 """
 
 from __future__ import annotations
@@ -19,32 +19,43 @@ from phi3c.targets import parse_target
 
 COLD_BYTES = 1e9  # of copies that are used in turn: more than any cache
 SECONDS = 1.2
+BITS = {"q3": 3, "q4": 4, "q8": 8}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", help="OUTxIN")
     parser.add_argument("--rows", default="1,2,4,8,16,64,128")
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--weights", choices=[*BITS, "float16", "float32"], default="q4")
+    parser.add_argument("--float", action="store_true", help="activations stay float32")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--warm", action="store_true", help="one copy of the weights")
     args = parser.parse_args()
     out_features, in_features = map(int, args.shape.split("x"))
     use_threads(args.threads)
     place = parse_target("cpu")
-    kernels, quantization = place.kernels, GroupQuantization(args.bits, 32, "float16")
-    form = GroupFormat(args.bits, quantization.zero, "float16")
-    linear = build(kernels.int8_linear(out_features, in_features, form, False), place)
-    quantize = build(kernels.quantize_rows(in_features, form.zero), place)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((out_features, in_features), dtype=np.float32)
-    packed = kernels.pack_groups(*quantization.quantize(weight), args.bits)
+    quantize = None
+    if bits := BITS.get(args.weights):
+        quantization = GroupQuantization(bits, 32, "float16")
+        form = GroupFormat(bits, quantization.zero, "float16")
+        packed = place.kernels.pack_groups(*quantization.quantize(weight), bits)
+    else:
+        form = args.weights
+        packed = [place.kernels.pack_weight(weight.astype(form))]
+    if args.float or not bits:
+        kernel = place.kernels.linear(out_features, in_features, form, False)
+    else:
+        kernel = place.kernels.int8_linear(out_features, in_features, form, False)
+        quantize = build(place.kernels.quantize_rows(in_features, form.zero), place)
+    linear = build(kernel, place)
     size = sum(array.nbytes for array in packed)
-    copies = 1 if args.warm else max(1, int(COLD_BYTES // size))
+    copies = 1 if args.warm else max(2, int(COLD_BYTES // size))
     weights = [[tvm.runtime.tensor(array) for array in packed] for _ in range(copies)]
     for rows in map(int, args.rows.split(",")):
         x = rng.standard_normal((rows, in_features), dtype=np.float32)
-        inputs = quantized(quantize, kernels, x)
+        inputs = quantized(quantize, place.kernels, x) if quantize else tvm.runtime.tensor(x)
         out = tvm.runtime.tensor(np.zeros((rows, out_features), np.float32))
         found: list[float] = []
         while sum(found) < SECONDS or len(found) < 5:
