@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import phi3c
-from phi3c.bench.machine import measure_rates
+from phi3c.bench.machine import Calibration
 from phi3c.bench.report import cpu_name
 from phi3c.bench.workloads import Work, bytes_read, linear_operations
 from phi3c.config import Phi3Config
@@ -80,27 +80,36 @@ def main() -> None:
         weights, artifact = Path(folder) / "model.gguf", Path(folder) / "artifact"
         random_gguf.write(Phi3Config.from_file(args.config), weights)
         made = phi3c.compile(weights, quantization=args.quantization, output=artifact)
-        rates = measure_rates(args.threads)
+        calibration = Calibration(args.threads)
         found = defaultdict(lambda: defaultdict(list))
         ours = Worker("phi3c_worker.py", artifact, args.threads)
         theirs = Worker("llama_worker.py", weights, args.threads)
         for _ in range(args.rounds):
             for work in WORKS:
                 samples = 1 if work.new > 1 else 8
+                before = calibration.rates()
                 found[work]["phi3c"].append(ours.seconds(work, samples))
+                found[work]["rates"].append(before.beside(calibration.rates()))
                 found[work]["llama.cpp"].append(theirs.seconds(work, samples))
         peaks = {"phi3c": ours.peak(), "llama.cpp": theirs.peak()}
         loads = {"phi3c": ours.load_seconds, "llama.cpp": theirs.load_seconds}
         ours.close()
         theirs.close()
-    report(made, args, rates, found, peaks, loads)
+    report(made, args, found, peaks, loads)
     if args.figure:
         draw(found, args.figure)
 
 
-def report(made, args, rates, found, peaks, loads) -> None:
+def report(made, args, found, peaks, loads) -> None:
     print(f"{args.config.stem}, {args.quantization} against Q4_0, {args.threads} threads of")
-    print(f"{cpu_name()}; it reads {rates.read / 1e9:.1f} GB/s, int8 {rates.int8 / 1e9:.0f} Gop/s")
+    rates = [rates for work in WORKS for rates in found[work]["rates"]]
+    read = sorted(r.read / 1e9 for r in rates)
+    int8 = sorted(r.int8 / 1e9 for r in rates)
+    print(
+        f"{cpu_name()}; beside its work it reads {statistics.median(read):.1f} GB/s "
+        f"({read[0]:.1f}–{read[-1]:.1f}), int8 {statistics.median(int8):.0f} Gop/s "
+        f"({int8[0]:.0f}–{int8[-1]:.0f})"
+    )
     print("| | phi3c tokens/s | llama.cpp | ratio (lowest–highest) | of read bandwidth | Gop/s |")
     print("|---|---:|---:|---:|---:|---:|")
     rows = []
@@ -108,7 +117,11 @@ def report(made, args, rates, found, peaks, loads) -> None:
         ours, theirs = found[work]["phi3c"], found[work]["llama.cpp"]
         ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
         median = statistics.median(ours)
-        read = bytes_read(made.manifest, work) / median / rates.read
+        size = bytes_read(made.manifest, work)
+        read = statistics.median(
+            size / seconds / rates.read
+            for seconds, rates in zip(ours, found[work]["rates"], strict=True)
+        )
         operations = linear_operations(made.manifest, work) / median / 1e9
         print(
             f"| {work.name} | {work.tokens / median:.1f} | "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,13 +40,28 @@ BASE = dict(
 
 
 _errors: dict[str, float] = {}  # model → largest error / logit scale of the whole run
+_kernel_errors: dict[str, float] = {}  # test of a kernel → largest error / largest value
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if _errors:
-        terminalreporter.section("parity with transformers: largest error / logit scale")
-        for name, error in sorted(_errors.items()):
-            terminalreporter.write_line(f"{name:24} {error:.1e}")
+    for title, errors in (
+        ("parity with transformers: largest error / logit scale", _errors),
+        ("kernels against their twins: largest error / largest value", _kernel_errors),
+    ):
+        if errors:
+            terminalreporter.section(title)
+            for name, error in sorted(errors.items()):
+                terminalreporter.write_line(f"{name:44} {error:.1e}")
+
+
+def kernel_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest error as a share of the largest value; kept for the summary of the run."""
+    assert np.isfinite(found).all()
+    error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+    test = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].partition("[")[0].split()[0]
+    name = test.removeprefix("test_")
+    _kernel_errors[name] = max(error, _kernel_errors.get(name, 0.0))
+    return error
 
 
 def longrope(rotary_dim: int) -> dict:

@@ -6,7 +6,7 @@ import kernel_twins as twins
 import numpy as np
 import pytest
 import tvm
-from conftest import compile_kernel
+from conftest import compile_kernel, kernel_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import new_cache, prefill, tokens
@@ -93,7 +93,7 @@ def test_group_linear(isa, bits, shape, residual):
         out = tensor(np.full((m, out_features), np.nan, np.float32))
         run(tensor(x), *arrays, *([tensor(added)] if residual else []), out)
         expected = x @ weight.T + (added if residual else 0)
-        assert np.abs(out.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+        assert kernel_error(out.numpy(), expected) <= 1e-5
 
 
 def in_row_order(isa, words: np.ndarray):
@@ -181,7 +181,7 @@ def test_int8_linear(isa, bits, shape, residual):
         out = tensor(np.full((m, out_features), np.nan, np.float32))
         run(inputs, *arrays, *([tensor(added)] if residual else []), out)
         expected = rounded @ weight.T + (added if residual else 0)
-        assert np.abs(out.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+        assert kernel_error(out.numpy(), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -192,7 +192,7 @@ def test_group_embedding(isa, bits):
     compile_kernel(group_embedding(50, 96, bits, spec.zero, "float16"), isa)(
         tensor(ids), *arrays, out
     )
-    assert np.abs(out.numpy() - weight[ids]).max() <= 1e-6 * np.abs(weight).max()
+    assert kernel_error(out.numpy(), weight[ids]) <= 1e-6
 
 
 ROUNDED = [s.name for s in SCHEMES if s.name != "q0f32"]

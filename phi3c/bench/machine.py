@@ -21,38 +21,50 @@ _STEPS = 200_000
 
 @dataclass(frozen=True)
 class Rates:
-    """Median over runs. read: bytes/s of a streaming read; int8: multiplications and additions/s
-    of the instruction that the kernels use, with operands in cache.
+    """read: bytes/s of a streaming read; int8: multiplications and additions/s of the instruction
+    that the kernels use, with operands in cache.
     """
 
     read: float
     int8: float
 
+    def beside(self, other: Rates) -> Rates:
+        """The mean of what was measured before and after something."""
+        return Rates((self.read + other.read) / 2, (self.int8 + other.int8) / 2)
 
-def measure_rates(threads: int, runs: int = 5) -> Rates:
-    """With a pool of `threads` threads."""
-    place = parse_target("cpu")
-    dot = place.kernels.isa.dot.for_bits(4)
-    use_threads(threads)
-    read = _build(read_stream(threads), place.tvm_target)
-    rows = _READ_BYTES // (4 * threads * STREAMS * READ_LANES)
-    x = tvm.runtime.tensor(np.ones((threads, rows, STREAMS, READ_LANES), np.float32))
-    sums = tvm.runtime.tensor(np.zeros((threads, STREAMS, READ_LANES), np.float32))
-    read_seconds = [_timed(read, x, sums) for _ in range(runs + 1)][1:]
-    multiply = _build(int8_products(place.kernels.isa, threads), place.tvm_target)
-    arguments = [
-        np.full((8, dot.lanes), 0x01020304, np.uint32),
-        np.full(8, 0x01010101, np.int32),
-        np.zeros(_STEPS, np.int8),
-        np.zeros((threads, DOTS * dot.acc_len), dot.acc_dtype),
-    ]
-    arguments = [tvm.runtime.tensor(a) for a in arguments]
-    int8_seconds = [_timed(multiply, *arguments) for _ in range(runs + 1)][1:]
-    operations = 2 * 4 * dot.lanes * DOTS * 8 * _STEPS * threads
-    return Rates(
-        read=rows * threads * STREAMS * READ_LANES * 4 / statistics.median(read_seconds),
-        int8=operations / statistics.median(int8_seconds),
-    )
+
+class Calibration:
+    """Measures the rates of `threads` threads when asked: a shared machine has its phases."""
+
+    def __init__(self, threads: int):
+        place = parse_target("cpu")
+        dot = place.kernels.isa.dot.for_bits(4)
+        self._threads = threads
+        self._read = _build(read_stream(threads), place.tvm_target)
+        self._multiply = _build(int8_products(place.kernels.isa, threads), place.tvm_target)
+        rows = _READ_BYTES // (4 * threads * STREAMS * READ_LANES)
+        stream = np.ones((threads, rows, STREAMS, READ_LANES), np.float32)
+        self._stream = [stream, np.zeros((threads, STREAMS, READ_LANES), np.float32)]
+        self._operands = [
+            np.full((8, dot.lanes), 0x01020304, np.uint32),
+            np.full(8, 0x01010101, np.int32),
+            np.zeros(_STEPS, np.int8),
+            np.zeros((threads, DOTS * dot.acc_len), dot.acc_dtype),
+        ]
+        self._operations = 2 * 4 * dot.lanes * DOTS * 8 * _STEPS * threads
+        self._stream, self._operands = (
+            [tvm.runtime.tensor(a) for a in arrays] for arrays in (self._stream, self._operands)
+        )
+        self._bytes = stream.nbytes
+
+    def rates(self, runs: int = 3) -> Rates:
+        """Medians of `runs`, after one that is not counted."""
+        use_threads(self._threads)
+        read = [_timed(self._read, *self._stream) for _ in range(runs + 1)][1:]
+        multiply = [_timed(self._multiply, *self._operands) for _ in range(runs + 1)][1:]
+        return Rates(
+            self._bytes / statistics.median(read), self._operations / statistics.median(multiply)
+        )
 
 
 def _build(kernel: tvm.tirx.PrimFunc, target: tvm.target.Target):

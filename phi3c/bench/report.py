@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.compiled import CompiledPhi3
-from .machine import Others, Rates, measure_rates, peak_memory
+from .machine import Calibration, Others, Rates, peak_memory
 from .workloads import Work, bytes_read, kernel_seconds, linear_operations, seconds
 
 
 @dataclass(frozen=True)
 class Result:
-    """One workload. low, median, high: seconds; bytes and operations: what it cannot do without.
+    """One workload. low, median, high: seconds; bytes and operations: what it cannot do without;
+    rates: what the machine could do just before and after it.
 
     kernels: name → (seconds, calls), with profiling.
     """
@@ -28,6 +29,7 @@ class Result:
     high: float
     bytes: int
     operations: int
+    rates: Rates
     kernels: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     @property
@@ -48,7 +50,6 @@ class BenchReport:
     quantization: str
     threads: int
     cpu: str
-    rates: Rates
     results: tuple[Result, ...]
     memory: dict[str, int]
     others: float | None
@@ -64,11 +65,13 @@ def bench(
     """Medians of `samples` runs of each workload. Raises InputError past the artifact's limits."""
     report = progress or (lambda stage, done, total: None)
     others = Others()
-    rates = measure_rates(model.threads)
+    calibration = Calibration(model.threads)
+    rates = [calibration.rates()]
     results = []
     for done, work in enumerate(works):
         report("bench", done, len(works))
         times = seconds(model, work, samples)
+        rates.append(calibration.rates())
         kernels = kernel_seconds(model, work, max(2, samples // 3)) if profile else {}
         results.append(
             Result(
@@ -79,6 +82,7 @@ def bench(
                 max(times),
                 bytes_read(model.manifest, work),
                 linear_operations(model.manifest, work),
+                rates[-2].beside(rates[-1]),
                 kernels,
             )
         )
@@ -88,7 +92,6 @@ def bench(
         model.manifest.quantization,
         model.threads,
         cpu_name(),
-        rates,
         tuple(results),
         peak_memory(),
         others.share(),
@@ -106,19 +109,18 @@ def facts(report: BenchReport) -> dict[str, Any]:
 
 def render(report: BenchReport) -> str:
     """A table, and with profiling a table of kernels for each workload."""
-    rates = report.rates
     lines = [
         f"{report.artifact}: {report.quantization}, {report.threads} threads, {report.cpu}",
-        f"machine: reads {rates.read / 1e9:.1f} GB/s, int8 {rates.int8 / 1e9:.0f} Gop/s",
-        f"{'workload':22}{'tokens/s':>10}{'spread':>16}{'GB/s':>8}{'of read':>9}{'Gop/s':>8}"
-        f"{'of int8':>9}",
+        f"{'workload':22}{'tokens/s':>10}{'spread':>16}{'GB/s':>8}{'machine':>9}{'share':>7}"
+        f"{'Gop/s':>8}{'machine':>9}{'share':>7}",
     ]
     for r in report.results:
         spread = f"{r.tokens / r.high:.1f}–{r.tokens / r.low:.1f}"
         read, int8 = r.bytes / r.median, r.operations / r.median
         lines.append(
-            f"{r.name:22}{r.tokens_per_second:10.1f}{spread:>16}{read / 1e9:8.1f}"
-            f"{read / rates.read:9.0%}{int8 / 1e9:8.0f}{int8 / rates.int8:9.0%}"
+            f"{r.name:22}{r.tokens_per_second:10.1f}{spread:>16}"
+            f"{read / 1e9:8.1f}{r.rates.read / 1e9:9.1f}{read / r.rates.read:7.0%}"
+            f"{int8 / 1e9:8.0f}{r.rates.int8 / 1e9:9.0f}{int8 / r.rates.int8:7.0%}"
         )
     for r in report.results:
         if r.kernels:
