@@ -116,7 +116,7 @@ def int8_linear(
                         )
                     )
                     h[T.ramp(i * acc_len, 1, acc_len)] = dot.step(
-                        h[T.ramp(i * acc_len, 1, acc_len)], w, A[at, t]
+                        h[T.ramp(i * acc_len, 1, acc_len)], w, dot.activation(A, at, t)
                     )
             for i in T.unroll(parts):
                 s = T.meta_var(
@@ -142,7 +142,9 @@ def int8_linear(
         for t in T.unroll(_QUADS):
             for r in T.unroll(n_rows):
                 h[T.ramp(r * acc_len, 1, acc_len)] = dot.step(
-                    h[T.ramp(r * acc_len, 1, acc_len)], w[T.ramp(t * lanes, 1, lanes)], A[at + r, t]
+                    h[T.ramp(r * acc_len, 1, acc_len)],
+                    w[T.ramp(t * lanes, 1, lanes)],
+                    dot.activation(A, at + r, t),
                 )
         for r in T.unroll(n_rows):
             total = T.meta_var(dot.finish(h[T.ramp(r * acc_len, 1, acc_len)], A[at + r, OFFSET]))
