@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import aarch64
 import numpy as np
 import pytest
 import torch
@@ -143,16 +144,21 @@ MCPU = {
 }
 
 
-@pytest.fixture(params=list(MCPU), ids=lambda isa: isa.name)
+@pytest.fixture(params=[*MCPU, *aarch64.CPUS], ids=lambda isa: isa.name)
 def isa(request) -> Isa:
-    """Each instruction set that this machine can run."""
-    if request.param not in host_isas():
+    """Each instruction set that this machine can run, or emulate."""
+    if request.param in aarch64.CPUS:
+        if aarch64.missing:
+            pytest.skip(f"no {aarch64.missing[0]} is installed")
+    elif request.param not in host_isas():
         pytest.skip(f"this CPU has no {request.param.name}")
     return request.param
 
 
 def compile_kernel(func, isa: Isa):
     """A kernel as a callable of TVM tensors."""
+    if isa in aarch64.CPUS:
+        return aarch64.EmulatedKernel(func, isa)
     target = parse_target(MCPU[isa]).tvm_target
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     return tvm.compile(module, target=target)["main"]
