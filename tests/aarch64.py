@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tvm
 from tvm import libinfo as tvm_paths
 from tvm_ffi import libinfo as ffi_paths
@@ -29,6 +30,11 @@ CPUS = {
 }
 
 missing = [name for name in (COMPILER, EMULATOR) if shutil.which(name) is None]
+
+
+def skip_unless_emulated() -> None:
+    if missing:
+        pytest.skip(f"no {missing[0]} is installed")
 
 
 def target_of(isa: Isa) -> Target:

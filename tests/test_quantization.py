@@ -196,7 +196,7 @@ def test_int8_linear_at_the_ends_of_the_range(isa, bits):
     run = compile_kernel(linear, isa)
     quantize = compile_kernel(quantize_rows(isa, 64, zero), isa)
     words, scale = layout.pack_groups(q, bits), layout.pack_scales(np.ones((17, 2), np.float32))
-    for m in (1, len(x)):
+    for m in (1, 2, isa.int8_rows, len(x)):
         inputs, *_ = quantized_rows(isa, quantize, 64, x[:m])
         out = tensor(np.full((m, 17), np.nan, np.float32))
         run(inputs, tensor(words), tensor(scale), out)
