@@ -15,6 +15,7 @@ class Dot:
 
     lanes: int
     acc_dtype = "int32"
+    by_pairs = False  # whether int8_pairs.py multiplies whole tiles of rows
 
     @property
     def acc_len(self) -> int:
@@ -140,7 +141,7 @@ class Sdot(Dot):
     centred: bool = False
 
     def activation(self, A, at, t):
-        return _neon_activation(A, at, t)
+        return _neon_activation(A, at, t, 4)
 
     def step(self, acc, w, a):
         weight = _less_128(w, 4) if self.centred else T.reinterpret("int8x16", w)
@@ -155,15 +156,23 @@ class Sdot(Dot):
 
 @dataclass(frozen=True)
 class Usdot(Dot):
-    """NEON i8mm: unsigned bytes times signed ones."""
+    """NEON i8mm: unsigned bytes times signed ones, in two vectors."""
 
-    lanes: int = 4
+    lanes: int = 8
+    by_pairs = True
 
     def activation(self, A, at, t):
-        return _neon_activation(A, at, t)
+        return _neon_activation(A, at, t, 8)
 
     def step(self, acc, w, a):
-        return _neon_dot("usdot", acc, T.reinterpret("int8x16", w), a)
+        def half(x, first: int):
+            return T.Shuffle([x], [first + j for j in range(4)])
+
+        sums = [
+            _neon_dot("usdot", half(acc, k), T.reinterpret("int8x16", half(w, k)), half(a, k))
+            for k in (0, 4)
+        ]
+        return T.Shuffle(sums, list(range(8)))
 
 
 @dataclass(frozen=True)
@@ -182,9 +191,10 @@ class PlainDot(Dot):
         return acc
 
 
-def _neon_activation(A, at, t):
+def _neon_activation(A, at, t, lanes: int):
     # One load for four words: the instructions take a lane of a register for all of theirs.
-    return T.Shuffle([A[at, T.ramp(t // 4 * 4, 1, 4)]], [t % 4] * 4)
+    words = A[at, T.ramp(t // 4 * 4, 1, 4)]
+    return T.Shuffle([words] * (lanes // 4), [t % 4] * lanes)
 
 
 def _neon_dot(name: str, acc, w, a):

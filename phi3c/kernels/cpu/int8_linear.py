@@ -4,6 +4,7 @@ from tvm.script import tirx as T
 
 from ..root import hand_scheduled
 from .int8_dot import Dot
+from .int8_pairs import pair_tile
 from .layout import GROUP, PANEL, group_shapes
 from .prefetch import prefetch
 from .quantize import OFFSET, SCALE, WORDS, slot
@@ -152,6 +153,8 @@ def int8_linear(
                 scale[T.ramp(0, 1, lanes)] * _row_scale(A, at + r, lanes)
             )
 
+    whole_tile = pair_tile if dot.by_pairs else tile
+
     @T.inline
     def many_rows(A, W, S, LW, LS, F, p, start, count):
         for r in T.serial(count):
@@ -174,7 +177,7 @@ def int8_linear(
                 for k in T.serial(count // tile_rows):
                     row: T.let = k * tile_rows
                     at: T.let = slot(start + row, tile_rows, n_groups, g, 0)
-                    tile(A, w, scale, F, i, at, row, tile_rows)
+                    whole_tile(A, w, scale, F, i, at, row, tile_rows)
                 left: T.let = count % tile_rows
                 last: T.let = slot(start + count - left, left, n_groups, g, 0)
                 for k in T.serial(left):

@@ -39,7 +39,7 @@ AVX512_VNNI = Isa("avx512-vnni", **_WIDE, dot=Vpdpbusd(16), int8_rows=8)
 AVX512 = Isa("avx512", **_WIDE, dot=Pmaddubsw(), int8_rows=4)
 AVX_VNNI = Isa("avx-vnni", **_AVX2, dot=Vpdpbusd(8), int8_rows=6)
 AVX2 = Isa("avx2", **_AVX2, dot=Pmaddubsw(), int8_rows=4)
-NEON_I8MM = Isa("neon-i8mm", **_NEON, dot=Usdot(), int8_rows=8)
+NEON_I8MM = Isa("neon-i8mm", **_NEON, dot=Usdot(), int8_rows=4)
 NEON_DOTPROD = Isa("neon-dotprod", **_NEON, dot=Sdot(), int8_rows=8)
 NEON = Isa("neon", **_NEON, dot=PlainDot(4), int8_rows=4)
 PORTABLE = Isa(
