@@ -514,7 +514,7 @@ def _numbers(text: str) -> list[int]:
 
 def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("compilation (defaults in brackets)")
-    group.add_argument("--target", help="cpu or cpu:<mcpu> (cpu, this machine's)")
+    group.add_argument("--target", help="cpu or cpu:<mcpu>[:<triple>] (cpu, this machine's)")
     group.add_argument("--quantization", metavar="SCHEME", help="weight scheme (q4f16_1)")
     group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (8)")
     group.add_argument("--context-length", type=int, metavar="N", help="tokens (at most 4096)")

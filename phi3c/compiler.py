@@ -11,12 +11,12 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm.relax.frontend import nn
-from tvm.support.cc import get_cc
 
 from .artifact import LIBRARY, Artifact, file_sha256, write_manifest
 from .config import Phi3Config
 from .converter import Progress, check_config, weights_work
-from .errors import ConfigError, TargetError
+from .errors import ConfigError
+from .linker import find_linker
 from .manifest import FunctionInfo, KVLayout, Limits, Manifest, TargetInfo, TensorSpec
 from .model.phi3 import Phi3ForCausalLM
 from .output_folder import check_output, new_folder
@@ -47,11 +47,11 @@ def compile(
 
     source: checkpoint folder, .gguf file, config JSON (random weights from `seed`), Hugging Face
     repo id, or a folder of `convert`.
-    target: `cpu` (this machine's) or `cpu:<mcpu>`. quantization: a scheme's name.
-    output: new or empty folder, or an artifact to replace. max_batch_size: sequences in a forward;
-    prefill_chunk_size: new tokens in a forward; context_length: tokens in a sequence, by default
-    4096 or the config's max_position_embeddings if that is less. max_loras, max_rank: adapter
-    slots; this version compiles none. progress: called with (stage, done, total).
+    target: `cpu` (this machine's), `cpu:<mcpu>` or `cpu:<mcpu>:<triple>`. quantization: a scheme's
+    name. output: new or empty folder, or an artifact to replace. max_batch_size: sequences in a
+    forward; prefill_chunk_size: new tokens in a forward; context_length: tokens in a sequence, by
+    default 4096 or the config's max_position_embeddings if that is less. max_loras, max_rank:
+    adapter slots; this version compiles none. progress: called with (stage, done, total).
 
     Raises the errors of phi3c.errors before any work where it can; nothing is left at `output`
     unless the artifact is whole.
@@ -60,6 +60,7 @@ def compile(
     output = Path(output)
     scheme = parse_scheme(quantization)
     place = parse_target(target)
+    find_linker(place)
     if max_loras:
         raise ConfigError(f"max_loras: found {max_loras}; accepted: 0 (no adapters yet)")
     check_output(output)
@@ -112,11 +113,7 @@ def compile_library(
     config: Phi3Config, scheme: Scheme, place: Target, limits: Limits, path: Path
 ) -> Library:
     """Lowers the model and links its library to `path`. Raises TargetError without a linker."""
-    if get_cc() is None:
-        raise TargetError(
-            f"target: {place.name}: linking the library needs a C++ compiler; found none of g++, "
-            "gcc, clang++, clang on the path, and no CXX (Debian: apt install g++)"
-        )
+    link = find_linker(place)
     model = Phi3ForCausalLM(config, scheme, place.kernels)
     spec = model.get_default_spec()
     mod, _ = model.export_tvm(spec)  # parameters in the order of `parameter_specs`
@@ -130,7 +127,7 @@ def compile_library(
         workspace = workspace_bytes(mod)
         mod = apply(finalize_passes(), mod)
     executable = relax.build(mod, target=place.tvm_target, relax_pipeline=None)
-    executable.export_library(str(path))
+    executable.export_library(str(path), fcompile=link)
     return Library(model, spec, workspace)
 
 

@@ -1,12 +1,14 @@
 """Target names → TVM targets and the kernels that fit them.
 
 `cpu` is this machine's CPU, `cpu:<mcpu>` another one of this architecture by LLVM's name
-(`cpu:znver3`, `cpu:x86-64-v3`).
+(`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of any machine
+(`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 import tvm
@@ -14,7 +16,17 @@ from tvm.target import codegen
 
 from .errors import TargetError
 from .kernels.cpu import CpuKernels
-from .kernels.cpu.isa import AVX2, AVX512, AVX512_VNNI, AVX_VNNI, NEON, PORTABLE, Isa
+from .kernels.cpu.isa import (
+    AVX2,
+    AVX512,
+    AVX512_VNNI,
+    AVX_VNNI,
+    NEON,
+    NEON_DOTPROD,
+    NEON_I8MM,
+    PORTABLE,
+    Isa,
+)
 
 # LLVM feature → the flag that Linux reports for it. An artifact lists those that its code may use,
 # so that a CPU without them is refused at load instead of dying on an illegal instruction.
@@ -43,6 +55,32 @@ _X86_FLAGS = {
     "avx512bf16": "avx512_bf16",
     "avxvnni": "avx_vnni",
 }
+_AARCH64_FLAGS = {
+    "neon": "asimd",
+    "lse": "atomics",
+    "rdm": "asimdrdm",
+    "fullfp16": "asimdhp",
+    "fp16fml": "asimdfhm",
+    "dotprod": "asimddp",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "complxnum": "fcma",
+    "rcpc": "lrcpc",
+    "rcpc-immo": "ilrcpc",
+    "flagm": "flagm",
+    "altnzcv": "flagm2",
+    "fptoint": "frint",
+    "sha3": "sha3",
+    "cssc": "cssc",
+    "mops": "mops",
+    "sve": "sve",
+    "sve2": "sve2",
+    "sve2p1": "sve2p1",
+}
+
+_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>"
+# The systems that TVM's runtime is built for; LLVM would end the process on some other names.
+_TRIPLE = re.compile(r"(x86_64|aarch64|arm64)-((\w+-)?linux-gnu|apple-(darwin|macos)[\d.]*)")
 
 
 @dataclass(frozen=True)
@@ -58,32 +96,50 @@ class Target:
 
 
 def parse_target(name: str) -> Target:
-    """`cpu` or `cpu:<mcpu>` → Target. Raises TargetError naming what is accepted."""
-    kind, _, mcpu = name.partition(":")
-    if kind != "cpu" or name.endswith(":"):
-        raise TargetError(f"target: found {name!r}; accepted: cpu, cpu:<mcpu>")
+    """A name in one of the forms above → Target. Raises TargetError naming what is accepted."""
+    kind, *parts = name.split(":")
+    if kind != "cpu" or len(parts) > 2 or not all(parts):
+        raise TargetError(f"target: found {name!r}; accepted: {_FORMS}")
     host = codegen.llvm_get_system_cpu()
-    mcpu = mcpu or host
-    known = [str(cpu) for cpu in codegen.llvm_get_cpu_archlist(tvm.target.Target("llvm"))]
-    if mcpu not in known:
-        near = ", ".join(difflib.get_close_matches(mcpu, known, n=3, cutoff=0.4)) or host
+    mcpu = parts[0] if parts else host
+    triple = _checked_triple(name, parts[1]) if len(parts) == 2 else None
+    attributes = {"kind": "llvm"} | ({"mtriple": triple} if triple else {})
+    triple = triple or codegen.llvm_get_system_triple()
+    # The list lacks other names of a CPU, such as apple-m1.
+    if not codegen.llvm_is_valid_cpu(mcpu, triple):
+        known = codegen.llvm_get_cpu_archlist(tvm.target.Target(attributes))
+        known = [str(cpu) for cpu in known]
+        near = difflib.get_close_matches(mcpu, known, n=3, cutoff=0.4)
+        near = ", ".join(near) or (host if host in known else "generic")
         raise TargetError(
-            f"target: found {name!r}; accepted: cpu, or cpu:<mcpu> with a CPU that LLVM knows, "
+            f"target: found {name!r}; accepted: {_FORMS}, with a CPU that LLVM knows for {triple}, "
             f"such as {near}"
         )
-    target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
+    target = tvm.target.Target(attributes | {"mcpu": mcpu})
     isa, flags = _isa(target)
-    triple = codegen.llvm_get_system_triple()
     return Target(name, target, CpuKernels(isa), mcpu, triple, flags)
+
+
+def _checked_triple(name: str, triple: str) -> str:
+    if not _TRIPLE.fullmatch(triple):
+        raise TargetError(
+            f"target: found {name!r}, with the triple {triple!r}; accepted: x86_64, aarch64 or "
+            "arm64 with -linux-gnu, -apple-darwin or -apple-macos, such as aarch64-linux-gnu"
+        )
+    return triple
 
 
 def _isa(target: tvm.target.Target) -> tuple[Isa, tuple[str, ...]]:
     features = {str(f) for f in codegen.llvm_get_cpu_features(target)}
+
+    def flags(names: dict[str, str]) -> tuple[str, ...]:
+        return tuple(flag for feature, flag in names.items() if feature in features)
+
     if "neon" in features:
-        return NEON, ()
-    flags = tuple(flag for feature, flag in _X86_FLAGS.items() if feature in features)
+        dotprod = NEON_DOTPROD if "dotprod" in features else NEON
+        return (NEON_I8MM if "i8mm" in features else dotprod), flags(_AARCH64_FLAGS)
     if {"avx512f", "avx512vl", "avx512dq", "avx512bw"} <= features:
-        return (AVX512_VNNI if "avx512vnni" in features else AVX512), flags
+        return (AVX512_VNNI if "avx512vnni" in features else AVX512), flags(_X86_FLAGS)
     if {"avx2", "fma", "f16c"} <= features:
-        return (AVX_VNNI if "avxvnni" in features else AVX2), flags
-    return PORTABLE, flags
+        return (AVX_VNNI if "avxvnni" in features else AVX2), flags(_X86_FLAGS)
+    return PORTABLE, flags(_X86_FLAGS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import aarch64
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import Phi3ForCausalLM as HFModel
 
 import phi3c
 from phi3c.config import Phi3Config
-from phi3c.kernels.cpu.isa import AVX2, AVX512, AVX512_VNNI, AVX_VNNI, PORTABLE, Isa
+from phi3c.kernels.cpu.isa import AVX2, AVX512, AVX512_VNNI, AVX_VNNI, NEON_I8MM, PORTABLE, Isa
 from phi3c.quantization.scheme import parse_scheme
 from phi3c.runtime.host import _linux_cpu_flags
 from phi3c.targets import parse_target
@@ -159,16 +160,20 @@ MCPU = {
 }
 
 
-@pytest.fixture(params=list(MCPU), ids=lambda isa: isa.name)
+@pytest.fixture(params=[*MCPU, NEON_I8MM], ids=lambda isa: isa.name)
 def isa(request) -> Isa:
-    """Each instruction set that this machine can run."""
-    if request.param not in host_isas():
+    """Each instruction set that this machine can run, and one of NEON's (others: test_neon.py)."""
+    if request.param in aarch64.CPUS:
+        aarch64.skip_unless_emulated()
+    elif request.param not in host_isas():
         pytest.skip(f"this CPU has no {request.param.name}")
     return request.param
 
 
 def compile_kernel(func, isa: Isa):
     """A kernel as a callable of TVM tensors."""
+    if isa in aarch64.CPUS:
+        return aarch64.EmulatedKernel(func, isa)
     target = parse_target(MCPU[isa]).tvm_target
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     return tvm.compile(module, target=target)["main"]

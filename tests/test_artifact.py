@@ -393,6 +393,13 @@ def test_an_artifact_for_another_cpu_is_refused(artifact):
         phi3c.load(artifact.path)
 
 
+def test_an_artifact_for_another_machine_is_refused(artifact):
+    target = json.loads(artifact.manifest.to_json())["target"]
+    edit_manifest(artifact.path, target=target | {"mtriple": "riscv64-linux-gnu"})
+    with pytest.raises(ArtifactError, match="compiled for riscv64-linux-gnu; this machine is "):
+        phi3c.load(artifact.path)
+
+
 def prefill_logits(model) -> np.ndarray:
     """Of PROMPT's last token."""
     cache = model.create_paged_kv_cache()

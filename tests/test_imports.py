@@ -20,6 +20,7 @@ COMPILE_WING = {
     "passes",
     "pipeline",
     "targets",
+    "linker",
     "weights",
     "sources",
     "packing",
@@ -33,6 +34,7 @@ SERVE_WING = {"runtime", "engine", "serve"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
+    "triple": set(),
     "tensor_file": {"errors"},
     "manifest": {"config", "errors", "tensor_file"},
     "artifact": {"errors", "manifest", "tensor_file"},
@@ -45,15 +47,16 @@ MAY_IMPORT = {
     "passes": set(),
     "pipeline": {"passes"},
     "targets": {"kernels", "errors"},
+    "linker": {"errors", "targets", "triple"},
     "weights": {"config", "errors", "quantization"},
     "sources": {"artifact", "config", "errors", "manifest", "quantization", "weights"},
     "packing": {"config", "errors", "kernels", "model", "quantization", "tensor_file", "weights"},
     "converter": {"artifact", "config", "errors", "kernels", "manifest", "output_folder", "packing"}
     | {"quantization", "sources", "targets", "tensor_file"},
-    "compiler": {"artifact", "config", "converter", "errors", "manifest", "model", "output_folder"}
-    | {"passes", "pipeline", "quantization", "sources", "targets"},
+    "compiler": {"artifact", "config", "converter", "errors", "linker", "manifest", "model"}
+    | {"output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
-    "runtime": {"artifact", "config", "errors", "manifest", "memory"},
+    "runtime": {"artifact", "config", "errors", "manifest", "memory", "triple"},
     "engine": {"runtime", "config", "errors", "artifact"},
     "serve": {"engine", "runtime", "config", "errors", "artifact"},
     # above both wings

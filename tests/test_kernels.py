@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import aarch64
 import kernel_twins as twins
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from phi3c.errors import TargetError
 from phi3c.kernels.cpu import CpuKernels, layout
 from phi3c.kernels.cpu.decode_attention import CHUNK as DECODE_CHUNK
 from phi3c.kernels.cpu.decode_attention import SPLIT as DECODE_SPLIT
-from phi3c.kernels.cpu.isa import PORTABLE, Isa
+from phi3c.kernels.cpu.isa import NEON_I8MM, PORTABLE, Isa
 from phi3c.kernels.cpu.parallel import SERIAL_ROWS
 from phi3c.kernels.cpu.prefill_attention import CHUNK as PREFILL_CHUNK
 from phi3c.kernels.cpu.prefill_attention import QUERY_TILE
@@ -36,8 +37,8 @@ def registers(isa: Isa) -> tuple[int, ...]:
     return isa.lanes, isa.linear_rows, isa.linear_panels, isa.attention_rows
 
 
-def runnable() -> dict[str, tuple[Isa, tvm.target.Target]]:
-    """Name → (instruction set, TVM target): the host's own, and every lesser one."""
+def runnable() -> dict[str, tuple[Isa, tvm.target.Target | None]]:
+    """Name → (instruction set, TVM target or None: emulated): the host's own, every lesser one."""
     have = _linux_cpu_flags()
     found = {}
     for name in ("cpu", "cpu:x86-64-v4", "cpu:x86-64-v3", "cpu:x86-64-v2"):
@@ -49,6 +50,8 @@ def runnable() -> dict[str, tuple[Isa, tvm.target.Target]]:
             isa = target.kernels.isa
             found.setdefault(registers(isa), (isa, target.tvm_target))
     found.setdefault(registers(PORTABLE), (PORTABLE, parse_target("cpu").tvm_target))
+    if not aarch64.missing:
+        found.setdefault(registers(NEON_I8MM), (NEON_I8MM, None))
     return {isa.name: (isa, target) for isa, target in found.values()}
 
 
@@ -65,6 +68,8 @@ def compiled(isa: str, kernel: str, *args):
     """The kernel of CpuKernels, compiled alone."""
     instruction_set, target = TARGETS[isa]
     func = getattr(CpuKernels(instruction_set), kernel)(*args)
+    if target is None:
+        return aarch64.EmulatedKernel(func, instruction_set)
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     return tvm.compile(module, target=target)["main"]
 

@@ -185,6 +185,26 @@ def test_int8_linear(isa, bits, shape, residual):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_int8_linear_at_the_ends_of_the_range(isa, bits):
+    """Only the lowest and highest stored values and activations: nothing overflows."""
+    rng = np.random.default_rng(bits)
+    q = rng.choice(np.array([0, 2**bits - 1], np.uint8), (17, 64))
+    x = rng.choice(np.array([-127, 127], np.float32), (isa.int8_rows + 1, 64))
+    q[0], q[1], x[0], x[1] = 0, 2**bits - 1, 127, -127
+    zero = GroupQuantization(bits, 32, "float32").zero
+    linear = int8_linear(isa.dot.for_bits(bits), isa.int8_rows, 17, 64, bits, "float32", False)
+    run = compile_kernel(linear, isa)
+    quantize = compile_kernel(quantize_rows(isa, 64, zero), isa)
+    words, scale = layout.pack_groups(q, bits), layout.pack_scales(np.ones((17, 2), np.float32))
+    for m in (1, 2, isa.int8_rows, len(x)):
+        inputs, *_ = quantized_rows(isa, quantize, 64, x[:m])
+        out = tensor(np.full((m, 17), np.nan, np.float32))
+        run(inputs, tensor(words), tensor(scale), out)
+        expected = x[:m].astype(np.float64) @ (q.astype(np.float64) - zero).T
+        assert np.abs(out.numpy() - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_group_embedding(isa, bits):
     spec, arrays, weight = quantized(bits, 50, 96)
     ids = np.array([0, 15, 16, 49, 7, 7], np.int32)

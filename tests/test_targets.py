@@ -7,33 +7,55 @@ import platform
 import pytest
 from tvm.target import codegen
 
+import phi3c
 from phi3c.errors import TargetError
-from phi3c.kernels.cpu.isa import AVX2, AVX512, NEON, PORTABLE, Isa, vector_lanes
+from phi3c.kernels.cpu.isa import (
+    AVX2,
+    AVX512,
+    AVX512_VNNI,
+    AVX_VNNI,
+    NEON,
+    NEON_DOTPROD,
+    NEON_I8MM,
+    PORTABLE,
+    vector_lanes,
+)
+from phi3c.linker import find_linker
 from phi3c.runtime.host import _linux_cpu_flags
 from phi3c.targets import parse_target
+from phi3c.triple import architecture, runs_here
 
 on_x86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="CPU names of x86"
 )
 
+X86, ARM = "x86_64-linux-gnu", "aarch64-linux-gnu"
+
 CPUS = [
-    ("x86-64", PORTABLE),
-    ("x86-64-v2", PORTABLE),
-    ("nehalem", PORTABLE),
-    ("sandybridge", PORTABLE),  # AVX without FMA
-    ("x86-64-v3", AVX2),
-    ("haswell", AVX2),
-    ("znver3", AVX2),
-    ("alderlake", AVX2),
-    ("x86-64-v4", AVX512),
-    ("skylake-avx512", AVX512),
-    ("znver4", AVX512),
-    ("sapphirerapids", AVX512),
+    ("x86-64", X86, PORTABLE),
+    ("x86-64-v2", X86, PORTABLE),
+    ("nehalem", X86, PORTABLE),
+    ("sandybridge", X86, PORTABLE),  # AVX without FMA
+    ("x86-64-v3", X86, AVX2),
+    ("haswell", X86, AVX2),
+    ("znver3", X86, AVX2),
+    ("alderlake", X86, AVX_VNNI),
+    ("x86-64-v4", X86, AVX512),
+    ("skylake-avx512", X86, AVX512),
+    ("znver4", X86, AVX512_VNNI),
+    ("sapphirerapids", X86, AVX512_VNNI),
+    ("generic", ARM, NEON),
+    ("cortex-a53", ARM, NEON),
+    ("cortex-a72", ARM, NEON),
+    ("a64fx", ARM, NEON),
+    ("cortex-a76", ARM, NEON_DOTPROD),
+    ("neoverse-n1", ARM, NEON_DOTPROD),
+    ("apple-m1", "arm64-apple-darwin", NEON_DOTPROD),
+    ("neoverse-v1", ARM, NEON_I8MM),
+    ("neoverse-n2", "aarch64-unknown-linux-gnu", NEON_I8MM),
+    ("apple-m2", "arm64-apple-macos", NEON_I8MM),
+    ("apple-m4", "arm64-apple-darwin24.1", NEON_I8MM),
 ]
-
-
-def registers(isa: Isa) -> tuple[int, ...]:
-    return isa.lanes, isa.linear_rows, isa.linear_panels, isa.attention_rows
 
 
 def test_cpu_is_this_machine():
@@ -52,14 +74,21 @@ def test_this_machine_has_the_flags_of_its_own_target():
     assert set(parse_target("cpu").cpu_flags) <= have
 
 
-@on_x86
-@pytest.mark.parametrize(("mcpu", "isa"), CPUS)
-def test_a_named_cpu_gets_its_instruction_set(mcpu, isa):
-    target = parse_target(f"cpu:{mcpu}")
-    assert target.name == f"cpu:{mcpu}"
+@pytest.mark.parametrize(("mcpu", "triple", "isa"), CPUS)
+def test_a_named_cpu_gets_its_instruction_set(mcpu, triple, isa):
+    target = parse_target(f"cpu:{mcpu}:{triple}")
+    assert target.name == f"cpu:{mcpu}:{triple}"
     assert target.mcpu == str(target.tvm_target.attrs["mcpu"]) == mcpu
-    # What sets instruction sets of one width apart (integer dot products) is not looked at here.
-    assert registers(target.kernels.isa) == registers(isa)
+    assert target.mtriple == str(target.tvm_target.attrs["mtriple"]) == triple
+    assert target.kernels.isa == isa
+
+
+@on_x86
+def test_a_cpu_without_a_triple_is_one_of_this_architecture():
+    target = parse_target("cpu:znver4")
+    assert (target.mcpu, target.mtriple) == ("znver4", codegen.llvm_get_system_triple())
+    named = parse_target("cpu:znver4:x86_64-linux-gnu")
+    assert (named.kernels, named.cpu_flags) == (target.kernels, target.cpu_flags)
 
 
 @on_x86
@@ -69,7 +98,6 @@ def test_the_same_cpu_by_name_is_the_same_target():
     assert (by_name.kernels, by_name.cpu_flags) == (host.kernels, host.cpu_flags)
 
 
-@on_x86
 @pytest.mark.parametrize(
     ("mcpu", "needed", "not_needed"),
     [
@@ -80,10 +108,14 @@ def test_the_same_cpu_by_name_is_the_same_target():
         ("x86-64-v4", {"fma", "avx512f", "avx512bw", "avx512vl"}, {"avx512_bf16"}),
         ("znver4", {"avx512f", "avx512dq", "avx512_vnni", "avx512_bf16"}, {"avx_vnni"}),
         ("alderlake", {"avx2", "avx_vnni"}, {"avx512f"}),
+        ("cortex-a72", {"asimd"}, {"asimddp", "atomics", "asimdhp"}),
+        ("neoverse-n1", {"asimd", "asimddp", "asimdhp", "atomics"}, {"i8mm", "sve", "bf16"}),
+        ("neoverse-v1", {"asimddp", "i8mm", "sve", "bf16", "fcma"}, {"sve2"}),
     ],
 )
 def test_cpu_flags_are_what_the_code_may_use(mcpu, needed, not_needed):
-    flags = set(parse_target(f"cpu:{mcpu}").cpu_flags)
+    triple = next(triple for name, triple, _ in CPUS if name == mcpu)
+    flags = set(parse_target(f"cpu:{mcpu}:{triple}").cpu_flags)
     assert needed <= flags
     assert not not_needed & flags
 
@@ -101,13 +133,24 @@ PICKED_BY_LLVM = {
     "avx512vbmi2": "avx512_vbmi2",
     "avx512fp16": "avx512_fp16",
     "gfni": "gfni",
+    "dotprod": "asimddp",
+    "rdm": "asimdrdm",
+    "fullfp16": "asimdhp",
+    "fp16fml": "asimdfhm",
+    "complxnum": "fcma",
+    "sha3": "sha3",
+    "sve": "sve",
+    "sve2": "sve2",
 }
 
 
-@on_x86
-@pytest.mark.parametrize("mcpu", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "znver4", "cannonlake"])
-def test_every_extension_that_llvm_may_pick_is_asked_for(mcpu):
-    target = parse_target(f"cpu:{mcpu}")
+@pytest.mark.parametrize(
+    ("mcpu", "triple"),
+    [(x86, X86) for x86 in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "znver4", "cannonlake")]
+    + [(arm, ARM) for arm in ("cortex-a76", "neoverse-v1", "neoverse-v2", "apple-m1")],
+)
+def test_every_extension_that_llvm_may_pick_is_asked_for(mcpu, triple):
+    target = parse_target(f"cpu:{mcpu}:{triple}")
     features = {str(f) for f in codegen.llvm_get_cpu_features(target.tvm_target)}
     expected = {flag for feature, flag in PICKED_BY_LLVM.items() if feature in features}
     missing = expected - set(target.cpu_flags)
@@ -124,7 +167,14 @@ def test_every_extension_that_llvm_may_pick_is_asked_for(mcpu):
         ("llvm -mcpu=znver4", "target: found 'llvm -mcpu=znver4'"),
         ("cpu:no-such-cpu", "with a CPU that LLVM knows"),
         ("cpu:znver4 -mattr=+avx", "with a CPU that LLVM knows"),
-        ("cpu:znver4:x", "with a CPU that LLVM knows"),
+        ("cpu:znver4:x", "the triple 'x'; accepted: x86_64, aarch64 or arm64 with -linux-gnu"),
+        ("cpu:generic:riscv64-linux-gnu", "with the triple 'riscv64-linux-gnu'; accepted"),
+        ("cpu:generic:aarch64-nonsense", "with the triple 'aarch64-nonsense'; accepted"),
+        ("cpu::aarch64-linux-gnu", "accepted: cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>"),
+        ("cpu:generic:aarch64-linux-gnu:x", "accepted: cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>"),
+        ("cpu:znver4:aarch64-linux-gnu", "a CPU that LLVM knows for aarch64-linux-gnu, such as"),
+        ("cpu:neoverse-n1:x86_64-linux-gnu", "a CPU that LLVM knows for x86_64-linux-gnu"),
+        ("cpu:neoverse-n11:aarch64-linux-gnu", "such as neoverse-n1"),
     ],
 )
 def test_an_unknown_target_is_refused(name, message):
@@ -139,7 +189,7 @@ def test_a_misspelt_cpu_is_refused_with_its_neighbours():
         parse_target("cpu:znver44")
 
 
-@pytest.mark.parametrize("isa", [AVX512, AVX2, NEON, PORTABLE])
+@pytest.mark.parametrize("isa", [AVX512, AVX2, NEON_I8MM, NEON, PORTABLE])
 def test_vector_lanes_divide_the_extent(isa):
     for extent in (1, 2, 4, 6, 12, 16, 20, 36, 48, 64, 96, 128):
         lanes = vector_lanes(isa, extent)
@@ -147,8 +197,90 @@ def test_vector_lanes_divide_the_extent(isa):
         assert lanes == isa.lanes or extent % (2 * lanes), "a wider vector divides it too"
 
 
-@pytest.mark.parametrize("isa", [AVX512, AVX2, NEON, PORTABLE])
+@pytest.mark.parametrize("isa", [AVX512, AVX2, NEON_I8MM, NEON, PORTABLE])
 def test_attention_rows_divide_the_query_tile(isa):
     from phi3c.kernels.cpu.prefill_attention import QUERY_TILE
 
     assert QUERY_TILE % isa.attention_rows == 0
+
+
+# Machines
+
+
+def test_a_triple_names_a_machine():
+    assert architecture("arm64-apple-darwin") == architecture("aarch64-linux-gnu") == "aarch64"
+    assert runs_here(codegen.llvm_get_system_triple())
+    assert not runs_here("riscv64-linux-gnu")
+    assert runs_here("x86_64-linux-gnu") + runs_here("aarch64-linux-gnu") <= 1
+    assert runs_here("arm64-apple-darwin") + runs_here("aarch64-linux-gnu") <= 1
+
+
+@pytest.mark.parametrize(
+    ("line", "flags"),
+    [
+        ("flags\t\t: fpu avx2 fma", {"fpu", "avx2", "fma"}),
+        ("Features\t: fp asimd asimddp", {"fp", "asimd", "asimddp"}),
+    ],
+)
+def test_cpu_flags_are_read_on_x86_and_on_aarch64(tmp_path, line, flags):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nBogoMIPS\t: 50\n{line}\n\nprocessor\t: 1\n{line}\n")
+    assert _linux_cpu_flags(cpuinfo) == flags
+    cpuinfo.write_text("processor : 0\n")
+    assert _linux_cpu_flags(cpuinfo) is None
+    assert _linux_cpu_flags(tmp_path / "nothing") is None
+
+
+# A triple of another architecture than this machine's, on Linux, and the compilers for it.
+FOREIGN = ARM if platform.machine() in ("x86_64", "AMD64") else X86
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """add(name): a program on the path, which holds no other and notes its arguments."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def add(name: str) -> None:
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" > "{tmp_path}/called"\n')
+        program.chmod(0o755)
+
+    return add
+
+
+def linked_by(triple: str, folder) -> str:
+    find_linker(parse_target(f"cpu:generic:{triple}"))(str(folder / "out.so"), ["in.o"])
+    return (folder / "called").read_text()
+
+
+@pytest.mark.skipif(not platform.system() == "Linux", reason="Linux's compilers")
+def test_a_library_for_another_machine_is_linked_by_a_compiler_for_it(programs, tmp_path):
+    with pytest.raises(
+        TargetError, match=f"needs a compiler for {FOREIGN}; found none of {FOREIGN}-g.*apt install"
+    ):
+        find_linker(parse_target(f"cpu:generic:{FOREIGN}"))
+    programs("clang")
+    with pytest.raises(TargetError, match="clang with ld.lld"):
+        find_linker(parse_target(f"cpu:generic:{FOREIGN}"))
+    programs("ld.lld")
+    assert f"--target={FOREIGN} -fuse-ld=lld" in linked_by(FOREIGN, tmp_path)
+    programs(f"{FOREIGN}-gcc")
+    vendor = FOREIGN.replace("-linux", "-unknown-linux")
+    for triple in (FOREIGN, vendor):
+        assert linked_by(triple, tmp_path).startswith(f"{FOREIGN}-gcc -shared")
+    programs(f"{vendor}-g++")
+    assert linked_by(vendor, tmp_path).startswith(f"{vendor}-g++ -shared")
+
+
+@pytest.mark.skipif(not platform.system() == "Linux", reason="on macOS its own compiler does it")
+def test_a_library_for_macos_is_linked_by_clang(programs, tmp_path):
+    with pytest.raises(TargetError, match="arm64-apple-macos; found no clang with ld64.lld"):
+        find_linker(parse_target("cpu:apple-m1:arm64-apple-macos"))
+    programs("clang")
+    programs("ld64.lld")
+    assert "-Wl,-undefined,dynamic_lookup" in linked_by("arm64-apple-macos", tmp_path)
+
+
+def test_compile_finds_the_linker_before_it_reads_anything(programs, tmp_path):
+    with pytest.raises(TargetError, match=f"needs a compiler for {FOREIGN}"):
+        phi3c.compile("no/such/checkpoint", f"cpu:generic:{FOREIGN}", output=tmp_path / "out")

@@ -7,18 +7,24 @@ from pathlib import Path
 from ..artifact import Artifact
 from ..errors import ArtifactError, OutOfMemoryError
 from ..memory import in_units
+from ..triple import runs_here, this_machine
 
 
 def check_cpu(artifact: Artifact) -> None:
-    """Raises ArtifactError if the code needs instructions that this CPU lacks."""
-    needed = artifact.manifest.target.cpu_flags
+    """Raises ArtifactError if the code is for another system, or needs what this CPU lacks."""
+    target = artifact.manifest.target
+    if not runs_here(target.mtriple):
+        raise ArtifactError(
+            f"{artifact.path}: compiled for {target.mtriple}; this machine is {this_machine()}; "
+            "compile it for this machine (target cpu)"
+        )
     have = _linux_cpu_flags()
     if have is None:
         return  # no way to ask; other systems are compiled for by name
-    if missing := [flag for flag in needed if flag not in have]:
+    if missing := [flag for flag in target.cpu_flags if flag not in have]:
         raise ArtifactError(
-            f"{artifact.path}: compiled for {artifact.manifest.target.mcpu}, whose {missing[0]} "
-            "this CPU lacks; compile it for this machine (target cpu)"
+            f"{artifact.path}: compiled for {target.mcpu}, whose {missing[0]} this CPU lacks; "
+            "compile it for this machine (target cpu)"
         )
 
 
@@ -67,12 +73,13 @@ def _cgroup_available(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
     return max(0, int(limit) - used + droppable)
 
 
-def _linux_cpu_flags() -> set[str] | None:
+def _linux_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str] | None:
+    """Of the first CPU; None where the system does not list them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
         return None
     for line in lines:
-        if line.startswith("flags"):
+        if line.startswith(("flags", "Features")):  # x86, aarch64
             return set(line.partition(":")[2].split())
     return None

@@ -59,7 +59,7 @@ def int8_products(isa: Isa, tasks: int):
                         acc[T.ramp(i * acc_len, 1, acc_len)] = dot.step(
                             acc[T.ramp(i * acc_len, 1, acc_len)],
                             W[(t + i) % 8, T.ramp(0, 1, lanes)],
-                            A[t],
+                            T.broadcast(A[t], lanes),
                         )
             for i in T.unroll(DOTS):
                 O[task, T.ramp(i * acc_len, 1, acc_len)] = acc[T.ramp(i * acc_len, 1, acc_len)]

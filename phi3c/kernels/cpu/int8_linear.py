@@ -4,6 +4,7 @@ from tvm.script import tirx as T
 
 from ..root import hand_scheduled
 from .int8_dot import Dot
+from .int8_pairs import pair_tile
 from .layout import GROUP, PANEL, group_shapes
 from .prefetch import ROW_AHEAD, group_prefetcher
 from .quantize import OFFSET, SCALE, WORDS, slot
@@ -105,7 +106,7 @@ def int8_linear(
                         )
                     )
                     h[T.ramp(i * acc_len, 1, acc_len)] = dot.step(
-                        h[T.ramp(i * acc_len, 1, acc_len)], w, A[at, t]
+                        h[T.ramp(i * acc_len, 1, acc_len)], w, dot.activation(A, at, t)
                     )
             for i in T.unroll(parts):
                 s = T.meta_var(
@@ -131,13 +132,17 @@ def int8_linear(
         for t in T.unroll(_QUADS):
             for r in T.unroll(n_rows):
                 h[T.ramp(r * acc_len, 1, acc_len)] = dot.step(
-                    h[T.ramp(r * acc_len, 1, acc_len)], w[T.ramp(t * lanes, 1, lanes)], A[at + r, t]
+                    h[T.ramp(r * acc_len, 1, acc_len)],
+                    w[T.ramp(t * lanes, 1, lanes)],
+                    dot.activation(A, at + r, t),
                 )
         for r in T.unroll(n_rows):
             total = T.meta_var(dot.finish(h[T.ramp(r * acc_len, 1, acc_len)], A[at + r, OFFSET]))
             F[row + r, T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
                 scale[T.ramp(0, 1, lanes)] * _row_scale(A, at + r, lanes)
             )
+
+    whole_tile = pair_tile if dot.by_pairs else tile
 
     @T.inline
     def many_rows(A, W, S, LW, LS, F, p, start, count):
@@ -161,7 +166,7 @@ def int8_linear(
                 for k in T.serial(count // tile_rows):
                     row: T.let = k * tile_rows
                     at: T.let = slot(start + row, tile_rows, n_groups, g, 0)
-                    tile(A, w, scale, F, i, at, row, tile_rows)
+                    whole_tile(A, w, scale, F, i, at, row, tile_rows)
                 left: T.let = count % tile_rows
                 last: T.let = slot(start + count - left, left, n_groups, g, 0)
                 for k in T.serial(left):

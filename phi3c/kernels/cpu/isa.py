@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .int8_dot import Dot, PlainDot, Pmaddubsw, Vpdpbusd
+from .int8_dot import Dot, PlainDot, Pmaddubsw, Sdot, Usdot, Vpdpbusd
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,15 @@ class Isa:
 
 _WIDE = dict(lanes=16, linear_rows=8, linear_panels=2, attention_rows=8)
 _AVX2 = dict(lanes=8, linear_rows=6, linear_panels=1, attention_rows=4)
+_NEON = dict(lanes=4, linear_rows=4, linear_panels=1, attention_rows=4)
 
 AVX512_VNNI = Isa("avx512-vnni", **_WIDE, dot=Vpdpbusd(16), int8_rows=8)
 AVX512 = Isa("avx512", **_WIDE, dot=Pmaddubsw(), int8_rows=4)
 AVX_VNNI = Isa("avx-vnni", **_AVX2, dot=Vpdpbusd(8), int8_rows=6)
 AVX2 = Isa("avx2", **_AVX2, dot=Pmaddubsw(), int8_rows=4)
-NEON = Isa(
-    "neon", lanes=4, linear_rows=4, linear_panels=1, attention_rows=4, dot=PlainDot(4), int8_rows=4
-)
+NEON_I8MM = Isa("neon-i8mm", **_NEON, dot=Usdot(), int8_rows=4)
+NEON_DOTPROD = Isa("neon-dotprod", **_NEON, dot=Sdot(), int8_rows=8)
+NEON = Isa("neon", **_NEON, dot=PlainDot(4), int8_rows=4)
 PORTABLE = Isa(
     "portable",
     lanes=4,

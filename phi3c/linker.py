@@ -1,0 +1,64 @@
+"""Finds the program that links a target's library."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+
+from tvm.support.cc import create_shared, cross_compiler, get_cc
+
+from .errors import TargetError
+from .targets import Target
+from .triple import architecture, runs_here
+
+Link = Callable[..., None]  # of (output path, object paths, options), as TVM calls it
+
+
+def find_linker(place: Target) -> Link:
+    """What `export_library` takes as fcompile. Raises TargetError, naming what was looked for."""
+    if runs_here(place.mtriple):
+        if get_cc() is None:
+            raise TargetError(
+                f"target: {place.name}: linking the library needs a C++ compiler; found none of "
+                "g++, gcc, clang++, clang on the path, and no CXX (Debian: apt install g++)"
+            )
+        return create_shared
+    if "linux" not in place.mtriple:
+        return _apple_linker(place)
+    # Compilers leave the vendor out of their names or not, and know one name of an architecture.
+    short = f"{architecture(place.mtriple)}-linux-gnu"
+    names = [f"{t}-{cc}" for t in dict.fromkeys((place.mtriple, short)) for cc in ("g++", "gcc")]
+    for name in names:
+        if path := shutil.which(name):
+            return cross_compiler(path)
+    if link := _clang(place.mtriple):
+        return link
+    package = short.replace("_", "-")
+    raise TargetError(
+        f"target: {place.name}: linking the library needs a compiler for {place.mtriple}; found "
+        f"none of {', '.join(names)}, clang with ld.lld on the path (Debian: apt install "
+        f"g++-{package})"
+    )
+
+
+def _apple_linker(place: Target) -> Link:
+    if sys.platform == "darwin" and (cc := get_cc()):
+        return cross_compiler(cc, [f"--target={place.mtriple}"])
+    if link := _clang(place.mtriple):
+        return link
+    raise TargetError(
+        f"target: {place.name}: linking the library needs a compiler for {place.mtriple}; found no "
+        "clang with ld64.lld on the path (Debian: apt install clang lld)"
+    )
+
+
+def _clang(triple: str) -> Link | None:
+    """clang and LLVM's linker; the libraries of that system are not there and not needed."""
+    apple = "apple" in triple
+    clang = shutil.which("clang")
+    if clang is None or shutil.which("ld64.lld" if apple else "ld.lld") is None:
+        return None
+    options = [f"--target={triple}", "-fuse-ld=lld", "-nostdlib"]
+    # What TVM's runtime defines is found when the library is loaded.
+    return cross_compiler(clang, options + (["-Wl,-undefined,dynamic_lookup"] if apple else []))
