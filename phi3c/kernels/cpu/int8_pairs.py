@@ -1,4 +1,4 @@
-"""A tile of an int8 linear by i8mm, whose step is two rows, two columns and eight features."""
+"""Tiles of an int8 linear by NEON's i8mm: a step is two rows, two columns and eight features."""
 
 from tvm.script import tirx as T
 
