@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .config import Phi3Config as Phi3Config
     from .converter import convert as convert
+    from .engine.engine import Engine as Engine
+    from .engine.request import Request as Request
+    from .engine.sampler import SamplingParams as SamplingParams
     from .runtime.compiled import CompiledPhi3 as CompiledPhi3
     from .runtime.compiled import load as load
     from .runtime.kv_cache import PagedKVCache as PagedKVCache
@@ -24,6 +27,9 @@ _HOME = {
     "compile": ".compiler",
     "convert": ".converter",
     "Phi3Config": ".config",
+    "Engine": ".engine.engine",
+    "Request": ".engine.request",
+    "SamplingParams": ".engine.sampler",
     "CompiledPhi3": ".runtime.compiled",
     "load": ".runtime.compiled",
     "PagedKVCache": ".runtime.kv_cache",

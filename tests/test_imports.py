@@ -57,10 +57,10 @@ MAY_IMPORT = {
     | {"output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
     "runtime": {"artifact", "config", "errors", "manifest", "memory", "triple"},
-    "engine": {"runtime", "config", "errors", "artifact"},
+    "engine": {"runtime", "config", "errors", "artifact", "manifest"},
     "serve": {"engine", "runtime", "config", "errors", "artifact"},
     # above both wings
-    "": {"config", "artifact", "compiler", "converter", "runtime"},
+    "": {"config", "artifact", "compiler", "converter", "engine", "runtime"},
     "reference": {"config", "errors"},
     "artifact_cache": {"artifact", "compiler", "converter", "errors", "manifest", "sources"}
     | {"targets"},

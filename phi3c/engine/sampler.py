@@ -3,7 +3,7 @@
 `SamplingParams` is what a request asks for, `filtered_distribution` the exact distribution that it
 means for one row of logits, `Sampler` draws from it. A sampler owns its random stream and takes
 exactly one number per token from it, so a seed gives the same tokens whatever else is in the
-batch. Repetition penalties, logit bias and grammars are left out.
+batch. Penalties and biases change the logits before (penalties.py).
 
 Ties: top-k keeps every token as large as the k-th (as transformers does); greedy and top-p prefer
 the lower token id.
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from phi3c.errors import InputError
 __all__ = ["Sampler", "SamplingParams", "filtered_distribution"]
 
 _MAX_SEED = 2**64
+_MOST_PENALTY = 100.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class SamplingParams:
     top_p: float = 1.0  # 1 = off
     top_k: int = 0  # 0 = off
     min_p: float = 0.0  # 0 = off; a share of the largest probability
+    repetition_penalty: float = 1.0  # of tokens in prompt or answer (Keskar et al. 2019); 1 = off
+    presence_penalty: float = 0.0  # taken from the logits of tokens in the answer
+    frequency_penalty: float = 0.0  # the same, for each time
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # token id → added
+    logprobs: int | None = None  # log-probabilities of the token and of so many likeliest
     seed: int | None = None  # None = fresh randomness
     max_tokens: int | None = None  # None = as far as the context reaches
     stop: tuple[str, ...] = ()
@@ -43,6 +50,15 @@ class SamplingParams:
         self._check_real("top_p", 1.0, "a number from 0 to 1")
         self._check_real("min_p", 1.0, "a number from 0 to 1")
         self._check_int("top_k", 0, None, "an integer, 0 (off) or more")
+        self._check_real("repetition_penalty", _MOST_PENALTY, "a number above 0, up to 100", 1e-6)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check_real(name, 2.0, "a number from -2 to 2", -2.0)
+        if not isinstance(self.logit_bias, Mapping) or not all(
+            type(token) is int and _is_finite(bias) for token, bias in self.logit_bias.items()
+        ):
+            raise _refusal("logit_bias", self.logit_bias, "token ids and finite numbers")
+        if self.logprobs is not None:
+            self._check_int("logprobs", 0, 21, "null, or an integer from 0 to 20")
         if self.seed is not None:
             self._check_int("seed", 0, _MAX_SEED, "null, or an integer from 0 to 2**64 - 1")
         if self.max_tokens is not None:
@@ -59,10 +75,9 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def _check_real(self, field: str, high: float, accepted: str) -> None:
+    def _check_real(self, field: str, high: float, accepted: str, low: float = 0.0) -> None:
         value = getattr(self, field)
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not 0 <= value <= high:
+        if not _is_finite(value) or not low <= value <= high:
             raise _refusal(field, value, accepted)
 
     def _check_int(self, field: str, low: int, end: int | None, accepted: str) -> None:
@@ -148,6 +163,11 @@ def _checked(logits: np.ndarray) -> np.ndarray:
         found = "NaN" if np.isnan(top) else "+inf" if top > 0 else "nothing but -inf"
         raise RuntimeError(f"cannot sample: logits hold {found}")
     return logits
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _argmax(logits: np.ndarray) -> int:

@@ -70,15 +70,17 @@ class PagedKVCache:
 
     # Sequences
 
-    def add_sequence(self, seq_id: int, max_length: int | None = None) -> None:
-        """An empty sequence.
+    def add_sequence(
+        self, seq_id: int, max_length: int | None = None, pages: Sequence[int] = ()
+    ) -> None:
+        """An empty sequence, or one that begins with the tokens of held `pages` (`hold_pages`).
 
         max_length: tokens it may grow to. If that passes original_max_position_embeddings, the
         sequence uses LongRoPE's long factors from its first token; else it may not pass it.
         Raises SequenceError (exists), ContextLengthError.
         """
         self._idle("add_sequence")
-        self._table.add(seq_id, max_length)
+        self._table.add(seq_id, max_length, pages)
 
     def remove_sequence(self, seq_id: int) -> None:
         """Forget a sequence and free the pages that no fork shares. Raises SequenceError."""
@@ -124,6 +126,24 @@ class PagedKVCache:
     @property
     def num_free_pages(self) -> int:
         return self._table.pool.num_free
+
+    # Pages that outlive their sequences
+
+    def full_pages(self, seq_id: int) -> tuple[int, list[int]]:
+        """(pages at the front that left the window, the pages after them that tokens fill)."""
+        return self._table.full_pages(seq_id)
+
+    def hold_pages(self, pages: Sequence[int]) -> None:
+        """Keeps full pages of a sequence, whatever becomes of it, until `drop_pages`."""
+        self._table.pool.share(list(pages))
+
+    def drop_pages(self, pages: Sequence[int]) -> None:
+        """Gives held pages back."""
+        self._table.pool.release(list(pages))
+
+    def page_owners(self, page: int) -> int:
+        """Sequences and holders of a page; 0: it is free."""
+        return self._table.pool.owners(page)
 
     # Forwards
 

@@ -76,8 +76,11 @@ class PageTable:
         self._max_append = max_append
         self._context_length = context_length
 
-    def add(self, seq_id: int, max_length: int | None) -> None:
-        """An empty sequence. Long factors if `max_length` passes the original context."""
+    def add(self, seq_id: int, max_length: int | None, pages: Seq[int] = ()) -> None:
+        """A sequence whose first tokens fill `pages`, which it shares; none: an empty one.
+
+        Long factors if `max_length` passes the original context.
+        """
         self._check_new(seq_id)
         if max_length is not None and not 1 <= max_length <= self._context_length:
             raise ContextLengthError(
@@ -85,7 +88,9 @@ class PageTable:
                 f"{self._context_length}, the context length of this artifact"
             )
         long_factors = self._config.needs_long_factors(max_length or 0)
-        self.sequences[seq_id] = Sequence(0, long_factors)
+        self.pool.share(list(pages))
+        length = len(pages) * self.page_size
+        self.sequences[seq_id] = Sequence(length, long_factors, list(pages))
 
     def remove(self, seq_id: int) -> None:
         """Forget the sequence; pages that nobody shares are free again."""
@@ -204,6 +209,12 @@ class PageTable:
         """Where the index-th token of the sequence lies: page·page_size + offset."""
         page = sequence.pages[index // self.page_size - sequence.dropped]
         return page * self.page_size + index % self.page_size
+
+    def full_pages(self, seq_id: int) -> tuple[int, list[int]]:
+        """(pages that left the window, the pages after them that committed tokens fill)."""
+        sequence = self._committed(seq_id)
+        full = sequence.length // self.page_size - sequence.dropped
+        return sequence.dropped, sequence.pages[: max(0, full)]
 
     def length(self, seq_id: int) -> int:
         """Committed tokens of the sequence."""

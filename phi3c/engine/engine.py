@@ -1,0 +1,247 @@
+"""The step loop: many requests through one compiled model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from phi3c.engine.metrics import Metrics
+from phi3c.engine.prefix_cache import PrefixCache
+from phi3c.engine.request import Handle, Output, Piece, Request, prompt_tokens
+from phi3c.engine.scheduler import Part, Scheduler
+from phi3c.engine.sequence import Sequence
+from phi3c.engine.tokenizer import Tokenizer
+from phi3c.errors import CacheFullError, ContextLengthError, InputError
+from phi3c.runtime.compiled import CompiledPhi3
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Runs requests together. Not for several Python threads at once."""
+
+    def __init__(
+        self,
+        model: CompiledPhi3,
+        tokenizer: Tokenizer | None = None,
+        max_total_seq_len: int | None = None,
+        page_size: int = 16,
+        prefix_cache: bool = True,
+    ) -> None:
+        """tokenizer: of the artifact by default, if it has one. max_total_seq_len: tokens of KV
+        pages, by default what `create_paged_kv_cache` makes. Raises OutOfMemoryError.
+        """
+        if tokenizer is None and (model.artifact.path / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_folder(model.artifact.path)
+        self.model = model
+        self.tokenizer = tokenizer
+        room = {} if max_total_seq_len is None else {"max_total_seq_len": max_total_seq_len}
+        self._cache = model.create_paged_kv_cache(page_size=page_size, **room)
+        self._prefixes = PrefixCache(self._cache) if prefix_cache else None
+        self._scheduler = Scheduler(
+            self._cache, self._prefixes, model.config, model.manifest.limits
+        )
+        self._submitted: dict[Handle, float] = {}  # → when; until it is done
+        self._next_id = self._arrivals = 0
+        self._metrics = Metrics()
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request. Raises InputError, ContextLengthError, and CacheFullError where it
+        could never fit; then nothing is queued.
+        """
+        prompt_ids = self._checked(prompt_tokens(request.prompt, self.tokenizer))
+        if request.params.stop and self.tokenizer is None:
+            raise InputError("stop: found strings; accepted: none, as the engine has no tokenizer")
+        max_tokens = self._room(len(prompt_ids), request.params.max_tokens)
+        handle = Handle(request, prompt_ids, [Output() for _ in range(request.n)])
+        self._arrivals += 1
+        self._scheduler.waiting.append(self._sequence(handle, max_tokens))
+        self._submitted[handle] = time.perf_counter()
+        self._metrics.requests += 1
+        return handle
+
+    def step(self) -> list[Handle]:
+        """One forward for everything that can run; the requests that it finished."""
+        start = time.perf_counter()
+        parts = self._scheduler.plan()
+        if not parts:
+            return []
+        parts, logits = self._run(parts)
+        sampled = [part.sequence for part in parts if part.complete]
+        self._scheduler.ran(parts)
+        for sequence, row in zip(list(sampled), logits, strict=True):
+            forks = self._forks(sequence)
+            sampled += forks
+            for each in (sequence, *forks):
+                self._sample(each, row)
+        done = self._collect(sampled)
+        self._metrics.steps += 1
+        self._metrics.step_seconds += time.perf_counter() - start
+        return done
+
+    def stream(self, handle: Handle) -> Iterator[Piece]:
+        """The pieces of a request's samples, stepping as long as it runs."""
+        while True:
+            yield from handle.take()
+            if handle.done:
+                return
+            self.step()
+
+    def cancel(self, handle: Handle) -> None:
+        """End a request; what it holds is given back. Does nothing if it is done."""
+        if handle in self._submitted:
+            self._end(handle, "cancelled")
+            self._metrics.cancelled += 1
+
+    def abort_all(self) -> None:
+        """Cancel every request."""
+        for handle in list(self._submitted):
+            self.cancel(handle)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is queued or running."""
+        return not self._submitted
+
+    def metrics(self) -> Metrics:
+        """Counters, as they are now."""
+        cached = self._prefixes.num_idle if self._prefixes is not None else 0
+        free, pages = self._cache.num_free_pages, self._cache.num_pages
+        self._metrics.pages_free, self._metrics.pages_cached = free, cached
+        self._metrics.pages_used = pages - free - cached
+        self._metrics.preemptions = self._scheduler.preemptions
+        self._metrics.cached_tokens = self._scheduler.cached_tokens
+        return self._metrics
+
+    # A step
+
+    def _run(self, parts: list[Part]) -> tuple[list[Part], np.ndarray]:
+        """The forward of as many parts as have room; logits `[complete parts, vocab]`."""
+        while parts:
+            counts = [part.count for part in parts]
+            try:
+                with self._cache.forward([part.sequence.id for part in parts], counts):
+                    start = time.perf_counter()
+                    logits = self._forward(parts)
+            except CacheFullError:
+                parts = self._scheduler.retreat(parts)
+                continue
+            self._metrics.model_seconds += time.perf_counter() - start
+            self._metrics.computed_tokens += sum(counts)
+            self._metrics.sequence_steps += len(parts)
+            return parts, logits
+        return [], np.empty((0, 0))
+
+    def _forward(self, parts: list[Part]) -> np.ndarray:
+        embed = self.model.embed([token for part in parts for token in part.tokens])
+        if all(p.count == 1 for p in parts):
+            run = self.model.decode if len(parts) == 1 else self.model.batch_decode
+            logits, _ = run(embed, self._cache)
+            logits = logits.numpy().reshape(len(parts), -1)
+            return logits[[part.complete for part in parts]]
+        ends = np.cumsum([part.count for part in parts]) - 1
+        asked = ends[[part.complete for part in parts]]
+        some = asked if asked.size else ends[-1:]  # the function wants a row
+        logits, _ = self.model.batch_prefill(embed, some, self._cache)
+        return logits.numpy().reshape(some.size, -1)[: asked.size]
+
+    def _sample(self, sequence: Sequence, logits: np.ndarray) -> None:
+        handle = sequence.handle
+        try:
+            sequence.sample(logits)
+        except RuntimeError as error:  # logits that nothing can be drawn from
+            handle.error = error
+            return
+        self._metrics.generated_tokens += 1
+        if sequence.index == 0 and len(sequence.output.token_ids) == 1:
+            self._metrics.first_tokens += 1
+            self._metrics.first_token_seconds += time.perf_counter() - self._submitted[handle]
+
+    def _forks(self, sequence: Sequence) -> list[Sequence]:
+        """The other samples of a request whose prompt was just computed."""
+        handle = sequence.handle
+        if sequence.index or sequence.output.token_ids:
+            return []
+        forks = [sequence.another(self._new_id(), i) for i in range(1, handle.request.n)]
+        for fork in forks:
+            self._scheduler.fork(sequence, fork)
+        return forks
+
+    def _collect(self, sampled: Seq[Sequence]) -> list[Handle]:
+        """Give back what finished sequences hold; the requests that are done now."""
+        for sequence in sampled:
+            if sequence.finished:
+                self._scheduler.remove(sequence)
+        done = []
+        for handle in dict.fromkeys(sequence.handle for sequence in sampled):
+            if handle.error is not None:
+                self._end(handle, "error")
+                self._metrics.failed += 1
+            elif handle.done:
+                del self._submitted[handle]
+                self._metrics.finished += 1
+            else:
+                continue
+            done.append(handle)
+        return done
+
+    # Requests
+
+    def _checked(self, ids: Seq[int]) -> list[int]:
+        vocab = self.model.config.vocab_size
+        if not len(ids):
+            raise InputError("prompt: found no tokens; accepted: at least one")
+        for at, token_id in enumerate(ids):
+            integer = isinstance(token_id, int | np.integer) and not isinstance(token_id, bool)
+            if not integer or not 0 <= token_id < vocab:
+                raise InputError(
+                    f"prompt[{at}]: found {token_id!r}; accepted: 0 to {vocab - 1} (vocab_size)"
+                )
+        return [int(token_id) for token_id in ids]
+
+    def _room(self, prompt: int, max_tokens: int | None) -> int:
+        """Tokens the answer may have. Raises ContextLengthError, CacheFullError."""
+        limits, pages = self.model.manifest.limits, self._cache.num_pages
+        room = limits.context_length - prompt
+        if room < 1:
+            raise ContextLengthError(
+                f"prompt: found {prompt} tokens; accepted: up to {limits.context_length - 1}, so "
+                "that the context has room for an answer"
+            )
+        room = room if max_tokens is None else min(room, max_tokens)
+        needed = self._scheduler.pages_of(prompt + room - 1)  # the last is never computed
+        if needed > pages:
+            raise CacheFullError(
+                f"request: found {prompt} prompt tokens and up to {room} more, which need {needed} "
+                f"KV pages of {self._cache.page_size} tokens at once; accepted: up to {pages}"
+            )
+        return room
+
+    def _sequence(self, handle: Handle, max_tokens: int) -> Sequence:
+        ends = self.model.config.eos_token_ids
+        if self.tokenizer is not None:
+            ends = self.tokenizer.eos_token_ids.union(ends)
+        return Sequence(
+            self._new_id(),
+            handle,
+            self._arrivals,
+            max_tokens,
+            frozenset() if handle.request.params.ignore_eos else frozenset(ends),
+            self.tokenizer,
+            self.model.config.vocab_size,
+        )
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _end(self, handle: Handle, reason: str) -> None:
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+            if sequence.handle is handle:
+                self._scheduler.remove(sequence)
+        for output in handle.outputs:
+            output.finish_reason = output.finish_reason or reason
+        del self._submitted[handle]

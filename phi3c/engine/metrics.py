@@ -1,0 +1,35 @@
+"""What the engine counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Metrics"]
+
+
+@dataclass
+class Metrics:
+    """Sums since the engine was made; seconds are of the wall clock.
+
+    computed_tokens: through the model, recomputed ones included; cached_tokens: found as a prefix
+    instead. sequence_steps: sequences of all steps (÷ steps: the mean batch). first_token_seconds:
+    from submission, of first_tokens requests; step_seconds, of which model_seconds in the model.
+    """
+
+    requests: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    steps: int = 0
+    sequence_steps: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    first_tokens: int = 0
+    first_token_seconds: float = 0.0
+    step_seconds: float = 0.0
+    model_seconds: float = 0.0
+    pages_free: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0

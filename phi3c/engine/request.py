@@ -1,0 +1,85 @@
+"""What is asked of the engine, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from phi3c.engine.sampler import SamplingParams
+from phi3c.engine.tokenizer import Tokenizer
+from phi3c.errors import InputError, Phi3CError
+
+__all__ = ["Handle", "Output", "Piece", "Request", "prompt_tokens"]
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """prompt: text, token ids, or chat messages (role, content), which the checkpoint's own
+    template makes a prompt. n: samples of it. priority: the higher goes first.
+    """
+
+    prompt: Prompt
+    params: SamplingParams = SamplingParams()
+    n: int = 1
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or self.n < 1:
+            raise InputError(f"n: found {self.n!r}; accepted: an integer of 1 or more")
+        if type(self.priority) is not int:
+            raise InputError(f"priority: found {self.priority!r}; accepted: an integer")
+
+
+@dataclass
+class Output:
+    """One sample. finish_reason: "stop", "length", "cancelled", "error", or None so far.
+
+    logprobs: of each token, where asked for: (its log-probability, likeliest id → theirs).
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is now certain, of sample `index`. Never empty."""
+
+    index: int
+    text: str
+
+
+@dataclass(eq=False)
+class Handle:
+    """A submitted request. error: why it failed, if it did."""
+
+    request: Request
+    prompt_ids: list[int]
+    outputs: list[Output]
+    error: Phi3CError | RuntimeError | None = None
+    pieces: list[Piece] = field(default_factory=list)  # not taken yet
+
+    @property
+    def done(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
+
+    def take(self) -> list[Piece]:
+        """The pieces that came since the last call."""
+        taken, self.pieces = self.pieces, []
+        return taken
+
+
+def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids of a prompt in any form. Raises InputError."""
+    if not isinstance(prompt, str) and all(not isinstance(item, Mapping) for item in prompt):
+        return list(prompt)
+    if tokenizer is None:
+        raise InputError("prompt: found text; accepted: token ids, as the engine has no tokenizer")
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    return tokenizer.encode_chat(list(prompt))

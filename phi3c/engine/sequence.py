@@ -1,0 +1,103 @@
+"""One sample of a request on its way through the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from phi3c.engine.detokenizer import IncrementalDetokenizer
+from phi3c.engine.penalties import Penalties
+from phi3c.engine.request import Handle, Output, Piece
+from phi3c.engine.sampler import Sampler
+from phi3c.engine.tokenizer import Tokenizer
+
+__all__ = ["Sequence"]
+
+
+class Sequence:
+    """tokens: prompt and answer so far; computed: how many of them are in the KV cache.
+
+    order: the smaller goes first. long_factors: LongRoPE's set in the cache. served: the last step
+    that computed any of its tokens.
+    """
+
+    def __init__(
+        self,
+        seq_id: int,
+        handle: Handle,
+        arrival: int,
+        max_tokens: int,
+        eos_token_ids: frozenset[int],
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        index: int = 0,
+    ) -> None:
+        params = handle.request.params
+        self.id = seq_id
+        self.handle = handle
+        self.index = index
+        self.order = (-handle.request.priority, arrival, index)
+        self.tokens = list(handle.prompt_ids)
+        self.computed = 0
+        self.long_factors = False
+        self.served = -1
+        self._max_tokens = max_tokens
+        self._eos_token_ids = eos_token_ids
+        self._sampler = Sampler(params, stream=index)
+        self._penalties = Penalties(params, handle.prompt_ids, vocab_size)
+        self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, params.stop)
+
+        self._rest = (arrival, max_tokens, eos_token_ids, tokenizer, vocab_size)
+
+    def another(self, seq_id: int, index: int) -> Sequence:
+        """Sample `index` of the same request, from the prompt on."""
+        return Sequence(seq_id, self.handle, *self._rest, index)
+
+    @property
+    def output(self) -> Output:
+        return self.handle.outputs[self.index]
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the cache yet; 1 where the sequence decodes."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+    def sample(self, logits: np.ndarray) -> None:
+        """Take the next token from logits `[vocab]`. RuntimeError if they hold NaN or +inf."""
+        output = self.output
+        logits = self._penalties.apply(logits)
+        token_id = self._sampler.sample(logits)
+        if self.handle.request.params.logprobs is not None:
+            output.logprobs.append(_logprobs(logits, token_id, self.handle.request.params.logprobs))
+        self._penalties.add(token_id)
+        self.tokens.append(token_id)
+        output.token_ids.append(token_id)
+        stopped = token_id in self._eos_token_ids
+        full = len(output.token_ids) == self._max_tokens
+        if self._detokenizer is not None:
+            piece = self._detokenizer.add(token_id)
+            if stopped or full:
+                piece += self._detokenizer.finish()
+            stopped = stopped or self._detokenizer.stopped
+            if piece:
+                output.text += piece
+                self.handle.pieces.append(Piece(self.index, piece))
+        if stopped or full:
+            output.finish_reason = "stop" if stopped else "length"
+
+
+def _logprobs(logits: np.ndarray, token_id: int, top: int) -> tuple[float, dict[int, float]]:
+    """Of the distribution before temperature and filters, as OpenAI's API has it."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    scores -= np.log(np.exp(scores).sum())
+    likeliest: Seq[int] = []
+    if top:
+        likeliest = np.argpartition(-scores, min(top, scores.size) - 1)[:top]
+        likeliest = sorted(likeliest.tolist(), key=lambda i: (-scores[i], i))
+    return float(scores[token_id]), {i: float(scores[i]) for i in likeliest}

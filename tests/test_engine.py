@@ -1,0 +1,260 @@
+"""The engine: every request gets what it would get alone, and every page is accounted for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import longrope
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import phi3c
+from phi3c.engine.engine import Engine
+from phi3c.engine.request import Handle, Request
+from phi3c.engine.sampler import SamplingParams
+from phi3c.engine.scheduler import deal
+from phi3c.engine.session import Session
+from phi3c.errors import CacheFullError, ContextLengthError, InputError
+
+OPTIONS = dict(max_batch_size=4, prefill_chunk_size=24, context_length=120)
+# name → fields that differ from conftest.BASE: plain, across the LongRoPE switch, with a window
+MODELS = {
+    "engine-plain": dict(),
+    "engine-longrope": dict(rope_scaling=longrope(16), original_max_position_embeddings=32),
+    "engine-window": dict(sliding_window=20),
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request, build_model) -> phi3c.CompiledPhi3:
+    built = build_model(request.param, compile_options=OPTIONS, **MODELS[request.param])
+    return phi3c.load(built.compiled.artifact.path, threads=1)
+
+
+@pytest.fixture(scope="module")
+def plain(build_model) -> phi3c.CompiledPhi3:
+    built = build_model("engine-plain", compile_options=OPTIONS)
+    return phi3c.load(built.compiled.artifact.path, threads=1)
+
+
+def random_ids(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 199, n).tolist()
+
+
+def request(prompt, max_tokens: int, **options) -> Request:
+    params = {"temperature": 0, "ignore_eos": True} | options.pop("params", {})
+    return Request(prompt, SamplingParams(max_tokens=max_tokens, **params), **options)
+
+
+def alone(model, prompt: list[int], n: int) -> list[int]:
+    """Greedy tokens of one sequence in a cache of its own."""
+    session, out = Session(model), []
+    logits = session.resume(prompt)
+    while True:
+        out.append(int(logits.argmax()))
+        if len(out) == n:
+            return out
+        logits = session.extend(out[-1:])
+
+
+def check_pages(engine: Engine) -> None:
+    """free + used + cached = all, used being what running sequences hold."""
+    cache, prefixes = engine._cache, engine._prefixes
+    held = {p for s in cache._table.sequences.values() for p in s.pages}
+    kept = set(prefixes.pages) if prefixes is not None else set()
+    metrics = engine.metrics()
+    assert metrics.pages_used == len(held)
+    assert metrics.pages_cached == len(kept - held)
+    assert metrics.pages_free == cache.num_pages - len(held | kept)
+    running = {s.id for s in engine._scheduler.running}
+    assert running == set(cache._table.sequences)
+    for sequence in engine._scheduler.running:
+        assert cache.sequence_length(sequence.id) == sequence.computed
+
+
+def run_all(engine: Engine) -> list[Handle]:
+    done = []
+    while not engine.idle:
+        done += engine.step()
+        check_pages(engine)
+    return done
+
+
+LENGTHS = [1, 5, 16, 17, 30, 40, 25, 64, 3]
+
+
+@pytest.mark.parametrize("pages", [9, 40])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_greedy_tokens_are_those_of_the_request_alone(model, pages, prefix_cache):
+    """With few pages sequences are preempted; prompts of one seed share their beginnings."""
+    engine = Engine(model, max_total_seq_len=pages * 16, prefix_cache=prefix_cache)
+    prompts = [random_ids(n, seed=i % 2) for i, n in enumerate(LENGTHS)]
+    handles = [engine.submit(request(p, 5 + 7 * i)) for i, p in enumerate(prompts)]
+    done = run_all(engine)
+    assert set(done) == set(handles) and all(handle.done for handle in handles)
+    for i, (handle, prompt) in enumerate(zip(handles, prompts, strict=True)):
+        [output] = handle.outputs
+        assert output.token_ids == alone(model, prompt, 5 + 7 * i)
+        assert output.finish_reason == "length"
+    metrics = engine.metrics()
+    assert metrics.finished == len(LENGTHS) and metrics.pages_used == 0
+    assert pages == 40 or metrics.preemptions > 0
+    assert (metrics.cached_tokens > 0) == prefix_cache or metrics.preemptions == 0
+
+
+def test_a_shared_prefix_is_computed_once(plain):
+    engine = Engine(plain)
+    prefix = random_ids(64)
+    engine.submit(request([*prefix, 5], 1))
+    run_all(engine)
+    first = engine.metrics().computed_tokens
+    handles = [engine.submit(request([*prefix, token], 2)) for token in (6, 7, 8)]
+    run_all(engine)
+    assert engine.metrics().computed_tokens - first == 3 * (1 + 1)
+    for handle, token in zip(handles, (6, 7, 8), strict=True):
+        assert handle.outputs[0].token_ids == alone(plain, [*prefix, token], 2)
+
+
+def test_samples_of_one_request_fork_its_prompt(plain):
+    params = dict(temperature=1.0, seed=7)
+    engine = Engine(plain, prefix_cache=False)
+    handle = engine.submit(request(random_ids(30), 12, n=6, params=params))  # more than run at once
+    other = engine.submit(request(random_ids(20, seed=3), 30, params=params))
+    run_all(engine)
+    texts = [tuple(output.token_ids) for output in handle.outputs]
+    assert len(set(texts)) == 6 and all(len(ids) == 12 for ids in texts)
+    again = Engine(plain)
+    handle2 = again.submit(request(random_ids(30), 12, n=6, params=params))
+    run_all(again)
+    assert [tuple(output.token_ids) for output in handle2.outputs] == texts
+    assert other.done
+
+
+def test_priority_goes_first_and_takes_the_place_of_others(plain):
+    engine = Engine(plain)
+    low = [engine.submit(request(random_ids(20, seed=i), 40)) for i in range(4)]
+    engine.step()
+    high = engine.submit(request(random_ids(20, seed=9), 5, priority=1))
+    for _ in range(6):
+        engine.step()
+    assert high.done and not any(handle.done for handle in low)
+    assert engine.metrics().preemptions == 1
+    run_all(engine)
+    for i, handle in enumerate(low):
+        assert handle.outputs[0].token_ids == alone(plain, random_ids(20, seed=i), 40)
+
+
+def test_a_long_prompt_does_not_block_a_short_one(plain):
+    engine = Engine(plain)
+    long = engine.submit(request(random_ids(100), 5))
+    short = engine.submit(request(random_ids(10, seed=1), 1))
+    engine.step()
+    assert short.done and not long.outputs[0].token_ids
+    run_all(engine)
+
+
+@given(budget=st.integers(0, 60), needs=st.lists(st.integers(1, 40), max_size=8))
+def test_deal(budget, needs):
+    counts = deal(budget, needs)
+    assert sum(counts) == min(budget, sum(needs))
+    assert all(count <= need for count, need in zip(counts, needs, strict=True))
+    # Nobody has less than another, but for what it does not need or does not divide.
+    for a, need in zip(counts, needs, strict=True):
+        assert a == need or all(b <= a + 1 for b in counts)
+
+
+def test_cancel_gives_everything_back(plain):
+    engine = Engine(plain, prefix_cache=False)
+    handles = [engine.submit(request(random_ids(40, seed=i), 50, n=2)) for i in range(5)]
+    for _ in range(8):
+        engine.step()
+    engine.cancel(handles[0])
+    engine.cancel(handles[0])  # does nothing
+    check_pages(engine)
+    assert {o.finish_reason for o in handles[0].outputs} == {"cancelled"}
+    engine.abort_all()
+    assert engine.idle and engine.step() == []
+    metrics = engine.metrics()
+    assert metrics.pages_free == engine._cache.num_pages and metrics.cancelled == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "error", "message"),
+    [
+        ([], 5, InputError, "prompt: found no tokens; accepted: at least one"),
+        ([1, 199], 5, InputError, r"prompt\[1\]: found 199; accepted: 0 to 198"),
+        ([1, True], 5, InputError, r"prompt\[1\]: found True"),
+        ([1] * 120, 5, ContextLengthError, "found 120 tokens; accepted: up to 119"),
+        ([1] * 60, 60, CacheFullError, "need 8 KV pages of 16 tokens at once; accepted: up to 5"),
+        ("text", 5, InputError, "as the engine has no tokenizer"),
+    ],
+)
+def test_what_can_never_run_is_refused(plain, prompt, max_tokens, error, message):
+    engine = Engine(plain, max_total_seq_len=80)
+    with pytest.raises(error, match=message):
+        engine.submit(request(prompt, max_tokens))
+    assert engine.idle
+
+
+def test_a_failed_request_leaves_the_others_alone(plain, monkeypatch):
+    engine = Engine(plain)
+    bad = engine.submit(request(random_ids(5), 30))
+    good = engine.submit(request(random_ids(6), 10))
+    engine.step()
+    bad_sequence = next(s for s in engine._scheduler.running if s.handle is bad)
+
+    def fails(logits):
+        raise RuntimeError("cannot sample: logits hold NaN")
+
+    monkeypatch.setattr(bad_sequence, "sample", fails)
+    run_all(engine)
+    assert bad.outputs[0].finish_reason == "error" and "NaN" in str(bad.error)
+    assert good.outputs[0].token_ids == alone(plain, random_ids(6), 10)
+    assert engine.metrics().failed == 1
+
+
+def test_penalties_bias_and_logprobs(plain):
+    prompt = random_ids(12)
+    engine = Engine(plain)
+    free = engine.submit(request(prompt, 8, params={"logprobs": 3}))
+    token = alone(plain, prompt, 1)[0]
+    banned = engine.submit(request(prompt, 8, params={"logit_bias": {token: -100.0}}))
+    forced = engine.submit(request(prompt, 8, params={"logit_bias": {11: 100.0}}))
+    once = engine.submit(
+        request(prompt, 8, params={"logit_bias": {11: 1.5, 12: 1.0}, "frequency_penalty": 2.0})
+    )
+    run_all(engine)
+    assert token not in banned.outputs[0].token_ids
+    assert forced.outputs[0].token_ids == [11] * 8
+    assert once.done
+    for (own, top), token_id in zip(
+        free.outputs[0].logprobs, free.outputs[0].token_ids, strict=True
+    ):
+        assert len(top) == 3 and list(top)[0] == token_id and top[token_id] == own
+        assert list(top.values()) == sorted(top.values(), reverse=True) and own < 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_trace_of_requests(plain, data):
+    """Submissions, steps and cancellations in any order; the rest is as if each were alone."""
+    pages = data.draw(st.integers(8, 20))
+    engine = Engine(plain, max_total_seq_len=16 * pages, prefix_cache=data.draw(st.booleans()))
+    open_handles: list[tuple[Handle, int, int]] = []
+    for _ in range(data.draw(st.integers(1, 25))):
+        action = data.draw(st.sampled_from(["submit", "submit", "step", "step", "step", "cancel"]))
+        if action == "submit":
+            length, count = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 20))
+            priority = data.draw(st.integers(0, 1))
+            handle = engine.submit(request(random_ids(length), count, priority=priority))
+            open_handles.append((handle, length, count))
+        elif action == "step":
+            engine.step()
+        elif open_handles:
+            at = data.draw(st.integers(0, len(open_handles) - 1))
+            engine.cancel(open_handles.pop(at)[0])
+        check_pages(engine)
+    run_all(engine)
+    for handle, length, count in open_handles:
+        assert handle.outputs[0].token_ids == alone(plain, random_ids(length), count)
+    assert engine.metrics().pages_used == 0
