@@ -3,12 +3,13 @@
 TVM's own default is half of the hardware threads on x86, whether or not they are hyperthreads. Its
 pool belongs to the Python thread that calls it, so the size is set once in each.
 
-A launch gives every worker an equal part, once, and ends with the slowest. So a step cannot be
-faster than its slowest core: where a busy process has half of one core, it takes twice as long.
-What must not happen is that a worker loses more than its share, and it does when it spins: TVM's
-workers wait by yielding, and a thread that yields beside a busy process gets its core back only
-after that process's time slice, milliseconds for a kernel of half a millisecond. A worker that
-sleeps instead is woken in front of the busy process. docs/notes.md has the measurements.
+A launch gives every worker one equal part and ends with the slowest. So where a busy process has
+half of one core, a step takes twice as long, whatever the workers do. But workers that spin lose
+far more: they wait by yielding, and who yields beside a busy process gets the core back only after
+that process's time slice, milliseconds for a kernel of half a millisecond. A worker that sleeps is
+mostly woken in front of the busy process. Phi-3-mini beside two of them: 1.3 s a step with spinning
+workers, 0.14 s with sleeping ones; with the machine to itself, sleeping costs 1 to 4 %
+(docs/notes.md).
 """
 
 from __future__ import annotations
