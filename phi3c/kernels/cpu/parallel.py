@@ -1,4 +1,8 @@
-"""When a small kernel is worth a parallel launch."""
+"""When a small kernel is worth a parallel launch.
 
-# A launch costs 2–3 µs with spinning workers, a row of a norm or a rotation less than 1 µs.
-SERIAL_ROWS = 4
+The pool's workers sleep between launches (runtime/threads.py says why), so a launch costs 10 to
+50 µs, more where an idle core is halted.
+"""
+
+SERIAL_ROWS = 16  # of 1 to 2 µs: a norm, rounding to int8
+SERIAL_LONG_ROWS = 4  # of 10 to 20 µs: a rotation and its append

@@ -11,7 +11,7 @@ from ..root import hand_scheduled
 from .isa import Isa, vector_lanes
 from .layout import KV_BLOCK
 from .math import LOG2_E
-from .parallel import SERIAL_ROWS
+from .parallel import SERIAL_LONG_ROWS
 
 
 def rope_table(rotary_dim: int, attention_factor: float):
@@ -107,7 +107,7 @@ def rope_append(isa: Isa, heads: int, kv_heads: int, head_dim: int, rotary_dim: 
         Q = T.match_buffer(q, (n, heads * head_dim), "float32")
         K = T.decl_buffer((blocks, 2, kv_heads, head_dim, KV_BLOCK), kv_dtype, data=P.data)
         V = T.decl_buffer((blocks, 2, kv_heads, KV_BLOCK, head_dim), kv_dtype, data=P.data)
-        if n <= SERIAL_ROWS:
+        if n <= SERIAL_LONG_ROWS:
             for t in T.serial(n):
                 token(QKV, R, S, K, V, Q, t)
         else:
