@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .engine.sampler import SamplingParams
     from .engine.session import Session
     from .engine.tokenizer import Tokenizer
+    from .runtime.compiled import CompiledPhi3
 
 _COMPILE_OPTIONS = (
     "target",
@@ -242,11 +243,37 @@ def _bench(args: argparse.Namespace) -> int:
     if min([args.samples, args.batch, *args.prefill, *args.decode, *args.batch_decode]) < 1:
         raise InputError("bench: found a number below 1; accepted: positive numbers")
     model = load(Path(args.artifact).expanduser(), threads=args.threads)
+    if args.engine:
+        return _bench_engine(args, model)
     with _progress(args) as progress:
         report = bench(model, works, args.samples, args.profile, progress)
     if not args.json:
         print(render(report))
     print(json.dumps(facts(report)))
+    return 0
+
+
+def _bench_engine(args: argparse.Namespace, model: CompiledPhi3) -> int:
+    from .bench.trace import render, replay, synthetic_trace
+    from .engine.engine import Engine
+
+    longest = min(args.longest, model.manifest.limits.context_length)
+    if args.requests < 1 or args.rate < 0 or not 0 <= args.shared_prefix <= longest // 2 - 8:
+        raise InputError(
+            f"bench: found --requests {args.requests}, --rate {args.rate:g}, --shared-prefix "
+            f"{args.shared_prefix}; accepted: 1 or more, 0 or more, 0 to {longest // 2 - 8} "
+            "(half of --longest, less 8)"
+        )
+    vocab = model.config.vocab_size
+    trace = synthetic_trace(vocab, args.requests, args.rate, args.shared_prefix, longest)
+    replay(Engine(model), trace[:2], "warm", None)
+    replays = [
+        replay(Engine(model), trace, name, at_once)
+        for name, at_once in (("one at a time", 1), ("together", None))
+    ]
+    if not args.json:
+        print(render(replays))
+    print(json.dumps([asdict(result) for result in replays]))
     return 0
 
 
@@ -487,6 +514,19 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--samples", type=int, default=7, metavar="N", help="runs of each (7)")
     made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
     made.add_argument("--profile", action="store_true", help="the time by kernel as well")
+    made.add_argument(
+        "--engine", action="store_true", help="replay arriving requests through the engine instead"
+    )
+    made.add_argument("--requests", type=int, default=32, metavar="N", help="of the trace (32)")
+    made.add_argument(
+        "--rate", type=float, default=0, metavar="R", help="arrivals a second (0: all at once)"
+    )
+    made.add_argument(
+        "--shared-prefix", type=int, default=64, metavar="N", help="tokens of every third (64)"
+    )
+    made.add_argument(
+        "--longest", type=int, default=512, metavar="N", help="tokens of prompt and answer (512)"
+    )
 
     made = command("verify", _verify, "compare an artifact with its checkpoint, or its files")
     made.add_argument("artifact", help="artifact folder (or converted weights, with --integrity)")

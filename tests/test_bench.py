@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import tvm
 from conftest import compile_kernel
 
 from phi3c.bench.machine import Others
+from phi3c.bench.trace import replay, synthetic_trace
 from phi3c.bench.workloads import Work, bytes_read, kernel_seconds, linear_operations, seconds
 from phi3c.cli import main
+from phi3c.engine.engine import Engine
 from phi3c.errors import InputError
 from phi3c.kernels.cpu.calibration import DOTS, READ_LANES, STREAMS, int8_products, read_stream
 from phi3c.weights import checkpoint_shapes
@@ -91,3 +94,34 @@ def test_command(model, capsys):
     assert any(line.startswith("decode @8") for line in table)
     assert main(["bench", str(model.compiled.artifact.path), "--batch", "0"]) == 2
     assert "accepted: positive numbers" in capsys.readouterr().err
+
+
+def test_synthetic_trace():
+    trace = synthetic_trace(199, count=30, rate=10, prefix=16, longest=100)
+    assert trace == synthetic_trace(199, count=30, rate=10, prefix=16, longest=100)
+    assert all(a.seconds < b.seconds for a, b in pairwise(trace))
+    assert len({tuple(a.prompt[:16]) for a in trace[::3]}) == 1
+    for arrival in trace:
+        assert 8 <= len(arrival.prompt) <= 50 and 8 <= arrival.max_tokens <= 25
+        assert all(3 <= token < 199 for token in arrival.prompt)
+
+
+@pytest.mark.parametrize("at_once", [1, None])
+def test_replay_answers_every_request(model, at_once):
+    trace = synthetic_trace(199, count=6, rate=200, prefix=8, longest=60)
+    result = replay(Engine(model.compiled), trace, "x", at_once)
+    assert result.tokens == sum(arrival.max_tokens for arrival in trace)
+    assert len(result.first_token) == len(result.token) == 6
+    assert 0 < max(result.first_token) <= result.seconds
+    assert (result.metrics.sequence_steps == result.metrics.steps) == (at_once == 1)
+
+
+def test_engine_command(model, capsys):
+    path = str(model.compiled.artifact.path)
+    argv = ["bench", path, "--engine", "--requests", "4", "--shared-prefix", "8"]
+    assert main([*argv, "--longest", "60", "--threads", "1"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [r["name"] for r in json.loads(last)] == ["one at a time", "together"]
+    assert any(line.startswith("together") for line in table)
+    assert main([*argv, "--longest", "20"]) == 2
+    assert "--shared-prefix 8; accepted:" in capsys.readouterr().err

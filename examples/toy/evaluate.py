@@ -18,10 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tasks
 
 import phi3c
-from phi3c.engine.generate import Generation
-from phi3c.engine.sampler import SamplingParams
-from phi3c.engine.session import Session
-from phi3c.engine.tokenizer import Tokenizer
 
 KINDS = {
     "short": tasks.short_prompts,
@@ -30,27 +26,23 @@ KINDS = {
 }
 
 
-def accuracy(session: Session, tokenizer: Tokenizer, prompts: Sequence[tasks.Prompt]) -> float:
+def accuracy(engine: phi3c.Engine, prompts: Sequence[tasks.Prompt]) -> float:
     """Share of prompts whose greedy answer is exact."""
-    params = SamplingParams(temperature=0, max_tokens=24)
-    right = 0
-    for prompt in prompts:
-        generation = Generation(
-            session, tokenizer, tokenizer.encode_chat(prompt.messages()), params
-        )
-        for _ in generation:
-            pass
-        right += generation.text == prompt.answer
-    return right / len(prompts)
+    params = phi3c.SamplingParams(temperature=0, max_tokens=24)
+    handles = [engine.submit(phi3c.Request(prompt.messages(), params)) for prompt in prompts]
+    while not engine.idle:
+        engine.step()
+    answers = [handle.outputs[0].text for handle in handles]
+    right = [text == prompt.answer for text, prompt in zip(answers, prompts, strict=True)]
+    return sum(right) / len(prompts)
 
 
 def evaluate(model: phi3c.CompiledPhi3, count: int, seed: int) -> dict[str, dict[str, float]]:
     """task → kind → accuracy over `count` prompts."""
-    session, tokenizer = Session(model), Tokenizer.from_folder(model.artifact.path)
+    engine = phi3c.Engine(model)
     return {
         task: {
-            kind: accuracy(session, tokenizer, prompts(task, count, seed))
-            for kind, prompts in KINDS.items()
+            kind: accuracy(engine, prompts(task, count, seed)) for kind, prompts in KINDS.items()
         }
         for task in tasks.TASKS
     }

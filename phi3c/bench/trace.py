@@ -1,0 +1,115 @@
+"""Requests that arrive by themselves: a synthetic trace, replayed through an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..engine.engine import Engine
+from ..engine.metrics import Metrics
+from ..engine.request import Handle, Request
+from ..engine.sampler import SamplingParams
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that comes `seconds` after the start of the trace."""
+
+    seconds: float
+    prompt: list[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """seconds: from the first arrival to the last token. Of each request: first_token, from its
+    arrival; token, the mean between its tokens after the first, 0 where there is one.
+    """
+
+    name: str
+    seconds: float
+    tokens: int
+    first_token: tuple[float, ...]
+    token: tuple[float, ...]
+    metrics: Metrics
+
+
+def synthetic_trace(
+    vocab_size: int, count: int, rate: float, prefix: int, longest: int, seed: int = 0
+) -> list[Arrival]:
+    """Poisson arrivals, `rate` a second (0: all at once); a third begin with the same `prefix`
+    tokens. Prompts of 8 tokens to half of `longest`, answers of 8 to a quarter, log-uniform.
+    """
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(3, vocab_size, prefix).tolist()
+    at, trace = 0.0, []
+    for i in range(count):
+        at += rng.exponential(1 / rate) if rate else 0.0
+        own = rng.integers(3, vocab_size, _log_uniform(rng, 8, longest // 2 - prefix)).tolist()
+        prompt = shared + own if i % 3 == 0 else own
+        trace.append(Arrival(at, prompt, _log_uniform(rng, 8, longest // 4)))
+    return trace
+
+
+def replay(engine: Engine, trace: Sequence[Arrival], name: str, at_once: int | None) -> Replay:
+    """Runs a trace as it comes; at_once: requests in the engine at the same time, None: any."""
+    start = time.perf_counter()
+    waiting = list(reversed(trace))
+    arrived: dict[Handle, float] = {}
+    first: dict[Handle, float] = {}
+    last: dict[Handle, float] = {}
+    while waiting or len(last) < len(arrived):
+        now = time.perf_counter() - start
+        while waiting and waiting[-1].seconds <= now:
+            if at_once is not None and len(arrived) - len(last) >= at_once:
+                break
+            arrival = waiting.pop()
+            params = SamplingParams(temperature=0, max_tokens=arrival.max_tokens, ignore_eos=True)
+            arrived[engine.submit(Request(arrival.prompt, params))] = arrival.seconds
+        if engine.idle:
+            time.sleep(max(0.0, waiting[-1].seconds - now))
+            continue
+        engine.step()
+        now = time.perf_counter() - start
+        for handle in arrived:
+            if handle.outputs[0].token_ids:
+                first.setdefault(handle, now)
+            if handle.done:
+                last.setdefault(handle, now)
+    lengths = {handle: len(handle.outputs[0].token_ids) for handle in arrived}
+    return Replay(
+        name,
+        max(last.values()),
+        sum(lengths.values()),
+        tuple(first[h] - arrived[h] for h in arrived),
+        tuple((last[h] - first[h]) / max(1, lengths[h] - 1) for h in arrived),
+        engine.metrics(),
+    )
+
+
+def render(replays: Sequence[Replay]) -> str:
+    """A table: throughput, and latencies at the 50th, 90th and 99th percentile."""
+    lines = [
+        f"{'engine':18}{'tokens/s':>10}{'first token, ms':>24}{'a token, ms':>24}"
+        f"{'batch':>7}{'cached':>8}{'preempted':>10}{'overhead':>9}"
+    ]
+    for r in replays:
+        m = r.metrics
+        lines.append(
+            f"{r.name:18}{r.tokens / r.seconds:10.1f}{_percentiles(r.first_token):>24}"
+            f"{_percentiles(r.token):>24}{m.sequence_steps / max(1, m.steps):7.1f}"
+            f"{m.cached_tokens:8}{m.preemptions:10}"
+            f"{1 - m.model_seconds / max(m.step_seconds, 1e-9):9.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _percentiles(seconds: Sequence[float]) -> str:
+    return " / ".join(f"{1e3 * p:.0f}" for p in np.percentile(seconds, [50, 90, 99]))
+
+
+def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
+    return round(float(np.exp(rng.uniform(np.log(low), np.log(max(low, high))))))
