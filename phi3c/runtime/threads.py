@@ -8,7 +8,7 @@ half of one core, a step takes twice as long, whatever the workers do. But worke
 far more: they wait by yielding, and who yields beside a busy process gets the core back only after
 that process's time slice, milliseconds for a kernel of half a millisecond. A worker that sleeps is
 mostly woken in front of the busy process. Phi-3-mini beside two of them: 1.3 s a step with spinning
-workers, 0.14 s with sleeping ones; with the machine to itself, sleeping costs 1 to 4 %
+workers, 0.14 s with sleeping ones; with the machine to itself, sleeping costs 1 to 5 %
 (docs/notes.md).
 """
 
