@@ -549,7 +549,10 @@ def _seed(text: str) -> int:
 
 def _numbers(text: str) -> list[int]:
     """`128,512` → [128, 512]; nothing → []."""
-    return [int(part) for part in text.split(",") if part]
+    parts = [part for part in text.split(",") if part]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"found {text!r}; accepted: numbers such as 128,512")
+    return [int(part) for part in parts]
 
 
 def _add_compile_options(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,12 @@ def test_operations_are_those_of_the_linears(model):
     shapes = checkpoint_shapes(model.config)
     layers = sum(a * b for name, (a, *rest) in shapes.items() if "layers" in name for b in rest)
     head = int(np.prod(shapes["lm_head.weight"]))
-    assert linear_operations(model.compiled.manifest, Work(1, 0, 5)) == 2 * (5 * layers + head)
+    last = [n for n in shapes if "layers.1." in n and "qkv" not in n and len(shapes[n]) == 2]
+    rest = sum(int(np.prod(shapes[name])) for name in last)  # not computed for 4 of 5 tokens
+    manifest = model.compiled.manifest
+    assert len(last) == 3
+    assert linear_operations(manifest, Work(1, 0, 5)) == 2 * (5 * layers - 4 * rest + head)
+    assert linear_operations(manifest, Work(1, 8, 1)) == 2 * (layers + head)
     assert linear_operations(model.compiled.manifest, Work(3, 9, 1)) == 2 * 3 * (layers + head)
 
 
@@ -94,6 +99,11 @@ def test_command(model, capsys):
     assert any(line.startswith("decode @8") for line in table)
     assert main(["bench", str(model.compiled.artifact.path), "--batch", "0"]) == 2
     assert "accepted: positive numbers" in capsys.readouterr().err
+    assert main(["bench", str(model.compiled.artifact.path), "--prefill", "abc"]) == 2
+    assert "found 'abc'; accepted: numbers such as 128,512" in capsys.readouterr().err
+    assert main(["bench", str(model.compiled.artifact.path), "--decode", "9000"]) == 2
+    captured = capsys.readouterr()
+    assert "decode @9000: needs" in captured.err and not captured.out
 
 
 def test_synthetic_trace():

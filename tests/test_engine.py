@@ -196,6 +196,15 @@ def test_what_can_never_run_is_refused(plain, prompt, max_tokens, error, message
     assert engine.idle
 
 
+def test_an_answer_without_a_limit_is_as_long_as_the_pages_reach(plain):
+    engine = Engine(plain, max_total_seq_len=80)
+    handle = engine.submit(Request(random_ids(60), SamplingParams(temperature=0, ignore_eos=True)))
+    run_all(engine)
+    assert handle.outputs[0].token_ids == alone(plain, random_ids(60), 21)
+    with pytest.raises(InputError, match="logit_bias: found token 199; accepted: 0 to 198"):
+        engine.submit(request([1], 1, params={"logit_bias": {199: 1.0}}))
+
+
 def test_a_failed_request_leaves_the_others_alone(plain, monkeypatch):
     engine = Engine(plain)
     bad = engine.submit(request(random_ids(5), 30))
@@ -234,12 +243,24 @@ def test_penalties_bias_and_logprobs(plain):
         assert list(top.values()) == sorted(top.values(), reverse=True) and own < 0
 
 
-@settings(max_examples=25, deadline=None)
+def test_a_prefix_that_left_the_window_is_given_up(build_model):
+    """Its first pages are idle behind the window of the sequence that reads its last ones."""
+    built = build_model("engine-window", compile_options=OPTIONS, **MODELS["engine-window"])
+    engine = Engine(phi3c.load(built.compiled.artifact.path, threads=1), max_total_seq_len=80)
+    prompt = random_ids(49)
+    engine.submit(request(prompt, 1))
+    run_all(engine)
+    handle = engine.submit(request(prompt, 40))
+    run_all(engine)
+    assert handle.outputs[0].token_ids == alone(engine.model, prompt, 40)
+
+
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_any_trace_of_requests(plain, data):
+def test_any_trace_of_requests(model, data):
     """Submissions, steps and cancellations in any order; the rest is as if each were alone."""
     pages = data.draw(st.integers(8, 20))
-    engine = Engine(plain, max_total_seq_len=16 * pages, prefix_cache=data.draw(st.booleans()))
+    engine = Engine(model, max_total_seq_len=16 * pages, prefix_cache=data.draw(st.booleans()))
     open_handles: list[tuple[Handle, int, int]] = []
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["submit", "submit", "step", "step", "step", "cancel"]))
@@ -256,5 +277,5 @@ def test_any_trace_of_requests(plain, data):
         check_pages(engine)
     run_all(engine)
     for handle, length, count in open_handles:
-        assert handle.outputs[0].token_ids == alone(plain, random_ids(length), count)
+        assert handle.outputs[0].token_ids == alone(model, random_ids(length), count)
     assert engine.metrics().pages_used == 0

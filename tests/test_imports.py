@@ -67,7 +67,16 @@ MAY_IMPORT = {
     "verify": {"artifact", "config", "engine", "errors", "quantization", "reference", "runtime"}
     | {"sources"},
     "describe": {"artifact", "config", "engine", "errors", "memory", "verify", "weights"},
-    "bench": {"engine", "errors", "kernels", "manifest", "memory", "runtime", "targets", "tensor_file"},
+    "bench": {
+        "engine",
+        "errors",
+        "kernels",
+        "manifest",
+        "memory",
+        "runtime",
+        "targets",
+        "tensor_file",
+    },
     "cli": {"", "artifact", "artifact_cache", "bench", "compiler", "config", "converter"}
     | {
         "describe",

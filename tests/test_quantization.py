@@ -79,7 +79,13 @@ ROWS = (1, 2, 5, 9, 17, ROW_BLOCK, ROW_BLOCK + 1, 2 * ROW_BLOCK + 3)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("shape", "residual"),
-    [((1, 32), False), ((17, 96), True), ((100, 64), False), ((64, 160), True)],
+    [
+        ((1, 32), False),
+        ((17, 96), True),
+        ((100, 64), False),
+        ((64, 160), True),
+        ((48, 128), False),
+    ],
 )
 def test_group_linear(isa, bits, shape, residual):
     out_features, in_features = shape
@@ -107,7 +113,9 @@ def in_row_order(isa, words: np.ndarray):
     rows = np.concatenate([t.swapaxes(0, 1) for t in tiles])  # [m, groups, 10]
     a = np.ascontiguousarray(rows[..., :8]).view(np.int8)
     scale = np.ascontiguousarray(rows[..., 8]).view(np.float32)
-    return a, scale, rows[..., 9], (a * scale.astype(np.float64)[..., None]).reshape(m, -1)
+    with np.errstate(invalid="ignore"):
+        back = a * scale.astype(np.float64)[..., None]
+    return a, scale, rows[..., 9], back.reshape(m, -1)
 
 
 def quantized_rows(isa, run, features: int, *inputs: np.ndarray):
@@ -136,6 +144,16 @@ def some_rows(isa, features: int):
         yield x
 
 
+def test_what_is_not_a_number_stays_so(isa):
+    x = np.ones((3, 64), np.float32)
+    x[0, 5], x[1, 40] = np.nan, np.inf
+    _, _, scale, _, back = quantized_rows(
+        isa, compile_kernel(quantize_rows(isa, 64, 8), isa), 64, x
+    )
+    assert np.isfinite(scale).tolist() == [[False, True], [True, False], [True, True]]
+    assert np.abs(back[2] - 1).max() <= 1e-6
+
+
 def test_quantize_rows(isa):
     run = compile_kernel(quantize_rows(isa, 96, 7), isa)
     for x in some_rows(isa, 96):
@@ -162,7 +180,13 @@ def test_silu_mul_quantize(isa, intermediate):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("shape", "residual"),
-    [((1, 32), False), ((17, 96), True), ((100, 64), False), ((64, 160), True)],
+    [
+        ((1, 32), False),
+        ((17, 96), True),
+        ((100, 64), False),
+        ((64, 160), True),
+        ((48, 128), False),
+    ],
 )
 def test_int8_linear(isa, bits, shape, residual):
     """Exact but for float32 rounding, once the activations are rounded."""

@@ -34,7 +34,10 @@ class Rates:
 
 
 class Calibration:
-    """Measures the rates of `threads` threads when asked: a shared machine has its phases."""
+    """Measures the rates of `threads` threads when asked: a shared machine has its phases.
+
+    nbytes: what it keeps in memory.
+    """
 
     def __init__(self, threads: int):
         place = parse_target("cpu")
@@ -43,19 +46,19 @@ class Calibration:
         self._read = _build(read_stream(threads), place.tvm_target)
         self._multiply = _build(int8_products(place.kernels.isa, threads), place.tvm_target)
         rows = _READ_BYTES // (4 * threads * STREAMS * READ_LANES)
-        stream = np.ones((threads, rows, STREAMS, READ_LANES), np.float32)
-        self._stream = [stream, np.zeros((threads, STREAMS, READ_LANES), np.float32)]
-        self._operands = [
+        stream = tvm.runtime.empty((threads, rows, STREAMS, READ_LANES), "float32")
+        np.from_dlpack(stream)[:] = 1
+        self.nbytes = 4 * threads * rows * STREAMS * READ_LANES
+        sums = np.zeros((threads, STREAMS, READ_LANES), np.float32)
+        self._stream = [stream, tvm.runtime.tensor(sums)]
+        operands = [
             np.full((8, dot.lanes), 0x01020304, np.uint32),
             np.full(8, 0x01010101, np.int32),
             np.zeros(_STEPS, np.int8),
             np.zeros((threads, DOTS * dot.acc_len), dot.acc_dtype),
         ]
         self._operations = 2 * 4 * dot.lanes * DOTS * 8 * _STEPS * threads
-        self._stream, self._operands = (
-            [tvm.runtime.tensor(a) for a in arrays] for arrays in (self._stream, self._operands)
-        )
-        self._bytes = stream.nbytes
+        self._operands = [tvm.runtime.tensor(array) for array in operands]
 
     def rates(self, runs: int = 3) -> Rates:
         """Medians of `runs`, after one that is not counted."""
@@ -63,7 +66,7 @@ class Calibration:
         read = [_timed(self._read, *self._stream) for _ in range(runs + 1)][1:]
         multiply = [_timed(self._multiply, *self._operands) for _ in range(runs + 1)][1:]
         return Rates(
-            self._bytes / statistics.median(read), self._operations / statistics.median(multiply)
+            self.nbytes / statistics.median(read), self._operations / statistics.median(multiply)
         )
 
 
@@ -105,8 +108,11 @@ class Others:
         return busy, own, busy + (idle + iowait) / tick
 
 
-def peak_memory() -> dict[str, int]:
-    """Bytes. peak: the most that was resident; of what is now, anonymous and mapped from files."""
+def peak_memory(but: int = 0) -> dict[str, int]:
+    """Bytes. peak: the most that was resident; of what is now, anonymous and mapped from files.
+
+    but: bytes that were there all the time and do not count.
+    """
     names = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
     found = {}
     try:
@@ -116,5 +122,5 @@ def peak_memory() -> dict[str, int]:
     for line in lines:
         key, _, value = line.partition(":")
         if key in names:
-            found[names[key]] = int(value.split()[0]) * 1024
+            found[names[key]] = int(value.split()[0]) * 1024 - (0 if key == "RssFile" else but)
     return found

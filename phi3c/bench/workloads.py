@@ -55,13 +55,18 @@ def bytes_read(manifest: Manifest, work: Work) -> int:
 
 
 def linear_operations(manifest: Manifest, work: Work) -> int:
-    """Multiplications and additions of the linears, LM head for one row of each sequence."""
+    """Multiplications and additions of the linears.
+
+    The last layer computes only qkv_proj for every token of a prefill, and the rest, as the LM
+    head, for the last one of each chunk.
+    """
     c = manifest.config
     heads = c.num_attention_heads * c.head_dim
     qkv = heads + 2 * c.num_key_value_heads * c.head_dim
-    layer = c.hidden_size * (qkv + heads + 3 * c.intermediate_size)
-    products = work.tokens * c.num_hidden_layers * layer
-    return 2 * (products + work.batch * c.vocab_size * c.hidden_size)
+    rest = heads + 3 * c.intermediate_size
+    rows = work.batch * -(-work.new // manifest.limits.prefill_chunk_size)
+    products = work.tokens * (c.num_hidden_layers * qkv + (c.num_hidden_layers - 1) * rest)
+    return 2 * c.hidden_size * (products + rows * (rest + c.vocab_size))
 
 
 def seconds(model: CompiledPhi3, work: Work, samples: int, seed: int = 0) -> list[float]:
@@ -82,15 +87,24 @@ def kernel_seconds(
     return {name: (sum(t) / samples, round(len(t) / samples)) for name, t in total.items()}
 
 
-def _runs(model: CompiledPhi3, work: Work, count: int, seed: int) -> Iterator[float]:
-    limits = model.manifest.limits
-    steps = count if work.new == 1 else work.new
-    room = work.context + steps
+def check(manifest: Manifest, work: Work, samples: int) -> None:
+    """Raises InputError if the artifact's limits are below what the work needs."""
+    limits, room = manifest.limits, _room(work, samples + 1)
     if room > limits.context_length or work.batch > limits.max_batch_size:
         raise InputError(
             f"bench: {work.name}: needs {room} tokens in {work.batch} sequences; accepted: up to "
             f"{limits.context_length} in {limits.max_batch_size}, the artifact's limits"
         )
+
+
+def _room(work: Work, count: int) -> int:
+    """Tokens of a sequence at the end of `count` runs."""
+    return work.context + (count if work.new == 1 else work.new)
+
+
+def _runs(model: CompiledPhi3, work: Work, count: int, seed: int) -> Iterator[float]:
+    check(model.manifest, work, count - 1)
+    room = _room(work, count)
     rng = np.random.default_rng(seed)
     cache = model.create_paged_kv_cache(
         max_batch_size=work.batch, max_total_seq_len=work.batch * (room + 16)

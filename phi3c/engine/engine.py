@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -55,6 +55,7 @@ class Engine:
         prompt_ids = self._checked(prompt_tokens(request.prompt, self.tokenizer))
         if request.params.stop and self.tokenizer is None:
             raise InputError("stop: found strings; accepted: none, as the engine has no tokenizer")
+        self._check_bias(request.params.logit_bias)
         max_tokens = self._room(len(prompt_ids), request.params.max_tokens)
         handle = Handle(request, prompt_ids, [Output() for _ in range(request.n)])
         self._arrivals += 1
@@ -202,6 +203,13 @@ class Engine:
                 )
         return [int(token_id) for token_id in ids]
 
+    def _check_bias(self, bias: Mapping[int, float]) -> None:
+        vocab = self.model.config.vocab_size
+        if wrong := [token for token in bias if token >= vocab]:
+            raise InputError(
+                f"logit_bias: found token {wrong[0]}; accepted: 0 to {vocab - 1} (vocab_size)"
+            )
+
     def _room(self, prompt: int, max_tokens: int | None) -> int:
         """Tokens the answer may have. Raises ContextLengthError, CacheFullError."""
         limits, pages = self.model.manifest.limits, self._cache.num_pages
@@ -211,7 +219,11 @@ class Engine:
                 f"prompt: found {prompt} tokens; accepted: up to {limits.context_length - 1}, so "
                 "that the context has room for an answer"
             )
-        room = room if max_tokens is None else min(room, max_tokens)
+        if max_tokens is None:  # as far as context and pages reach
+            if self._scheduler.pages_of(prompt + room - 1) > pages:
+                room = max(1, pages * self._cache.page_size - prompt + 1)
+        else:
+            room = min(room, max_tokens)
         needed = self._scheduler.pages_of(prompt + room - 1)  # the last is never computed
         if needed > pages:
             raise CacheFullError(
@@ -241,7 +253,7 @@ class Engine:
     def _end(self, handle: Handle, reason: str) -> None:
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             if sequence.handle is handle:
-                self._scheduler.remove(sequence)
+                self._scheduler.remove(sequence, keep_prefix=handle.error is None)
         for output in handle.outputs:
             output.finish_reason = output.finish_reason or reason
         del self._submitted[handle]

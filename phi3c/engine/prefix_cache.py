@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,7 +23,7 @@ __all__ = ["PrefixCache"]
 class _Entry:
     page: int
     parent: bytes
-    children: int = 0
+    children: set[bytes] = field(default_factory=set)
 
 
 class PrefixCache:
@@ -44,7 +44,7 @@ class PrefixCache:
     @property
     def num_idle(self) -> int:
         """Pages that nobody else holds."""
-        return sum(self._cache.page_owners(page) == 1 for page in self.pages)
+        return sum(map(self._is_idle, self._entries.values()))
 
     def find(self, tokens: Sequence[int], salt: bytes) -> list[int]:
         """The pages of the longest known beginning of `tokens`, short of their last token."""
@@ -73,15 +73,26 @@ class PrefixCache:
                 self._cache.hold_pages([pages[i - dropped]])
                 self._entries[key] = _Entry(pages[i - dropped], parent)
                 if parent in self._entries:
-                    self._entries[parent].children += 1
+                    self._entries[parent].children.add(key)
             parent = key
 
     def evict(self, count: int) -> int:
-        """Gives up to `count` idle pages back to the cache; returns how many."""
+        """Gives up to `count` idle pages back to the cache; returns how many.
+
+        An idle page may be followed by pages that a sequence holds, which has left the idle one
+        behind its window: those are forgotten first, and stay the sequence's.
+        """
         evicted = 0
-        while evicted < count and (key := self._oldest_idle_end()) is not None:
+        while evicted < count:
+            idle = [key for key, entry in self._entries.items() if self._is_idle(entry)]
+            if not idle:
+                break
+            ends = (key for key in idle if not self._entries[key].children)
+            key = next(ends, idle[0])
+            while children := self._entries[key].children:
+                key = next(iter(children))
+            evicted += self._is_idle(self._entries[key])
             self._forget(key)
-            evicted += 1
         return evicted
 
     def clear(self) -> None:
@@ -89,17 +100,14 @@ class PrefixCache:
         self._cache.drop_pages(self.pages)
         self._entries.clear()
 
-    def _oldest_idle_end(self) -> bytes | None:
-        for key, entry in self._entries.items():
-            if entry.children == 0 and self._cache.page_owners(entry.page) == 1:
-                return key
-        return None
+    def _is_idle(self, entry: _Entry) -> bool:
+        return self._cache.page_owners(entry.page) == 1
 
     def _forget(self, key: bytes) -> None:
         entry = self._entries.pop(key)
         self._cache.drop_pages([entry.page])
         if entry.parent in self._entries:
-            self._entries[entry.parent].children -= 1
+            self._entries[entry.parent].children.discard(key)
 
     def _keys(self, tokens: Sequence[int], count: int, salt: bytes) -> Iterator[bytes]:
         size, key = self._cache.page_size, salt

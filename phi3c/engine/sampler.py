@@ -25,6 +25,7 @@ __all__ = ["Sampler", "SamplingParams", "filtered_distribution"]
 
 _MAX_SEED = 2**64
 _MOST_PENALTY = 100.0
+_MOST_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             self._check_real(name, 2.0, "a number from -2 to 2", -2.0)
         if not isinstance(self.logit_bias, Mapping) or not all(
-            type(token) is int and _is_finite(bias) for token, bias in self.logit_bias.items()
+            type(token) is int and token >= 0 and _is_finite(bias) and abs(bias) <= _MOST_BIAS
+            for token, bias in self.logit_bias.items()
         ):
-            raise _refusal("logit_bias", self.logit_bias, "token ids and finite numbers")
+            raise _refusal("logit_bias", self.logit_bias, "token ids and numbers from -100 to 100")
         if self.logprobs is not None:
             self._check_int("logprobs", 0, 21, "null, or an integer from 0 to 20")
         if self.seed is not None:

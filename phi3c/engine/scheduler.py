@@ -114,13 +114,13 @@ class Scheduler:
         self._take_pages(sequence)
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence, keep_prefix: bool = True) -> None:
         """It has ended: its pages are free or kept as a prefix."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self._take_pages(sequence)
+            self._take_pages(sequence, keep_prefix)
 
     def _in_turn(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         return sorted(sequences, key=lambda s: (s.served, s.order))
@@ -172,8 +172,8 @@ class Scheduler:
         sequence.computed = len(pages) * self._cache.page_size
         self.cached_tokens += sequence.computed
 
-    def _take_pages(self, sequence: Sequence) -> None:
-        if self._prefixes is not None:
+    def _take_pages(self, sequence: Sequence, keep_prefix: bool = True) -> None:
+        if self._prefixes is not None and keep_prefix:
             full = self._cache.full_pages(sequence.id)
             self._prefixes.keep(sequence.tokens, *full, _salt(sequence.long_factors))
         self._cache.remove_sequence(sequence.id)

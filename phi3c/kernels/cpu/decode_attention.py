@@ -100,7 +100,7 @@ def decode_attention(
                             O[g, j * lanes + v] = acc[j, v]
 
     @T.inline
-    def join(PO, PM, PL, OUT, b, head, parts):
+    def join(PO, PM, PL, OUT, b, head, first, parts):
         """The parts of one query head: weights relative to the largest maximum."""
         top = T.alloc_buffer((1,), "float32")
         total = T.alloc_buffer((1,), "float32")
@@ -111,13 +111,13 @@ def decode_attention(
             for v in T.vectorized(lanes):
                 acc[j * lanes + v] = T.float32(0)
         for part in T.serial(parts):
-            top[0] = T.max(top[0], PM[b, head, part])
+            top[0] = T.max(top[0], PM[first + part, head])
         for part in T.serial(parts):
-            weight: T.let = exp2(PM[b, head, part] - top[0])
-            total[0] += weight * PL[b, head, part]
+            weight: T.let = exp2(PM[first + part, head] - top[0])
+            total[0] += weight * PL[first + part, head]
             for j in T.serial(vectors):
                 for v in T.vectorized(lanes):
-                    acc[j * lanes + v] += weight * PO[b, head, part, j * lanes + v]
+                    acc[j * lanes + v] += weight * PO[first + part, head, j * lanes + v]
         for j in T.serial(vectors):
             for v in T.vectorized(lanes):
                 OUT[b, head * head_dim + j * lanes + v] = acc[j * lanes + v] / total[0]
@@ -149,10 +149,10 @@ def decode_attention(
         for b in T.serial(batch):
             most[0] = T.max(most[0], BI[b + 1] - BI[b])
         parts: T.let = T.Cast("int64", (most[0] + SPLIT - 1) // SPLIT)
-        # No sequence has more parts than all blocks would make.
-        PO = T.alloc_buffer((batch, heads, (listed + SPLIT - 1) // SPLIT, head_dim), "float32")
-        PM = T.alloc_buffer((batch, heads, (listed + SPLIT - 1) // SPLIT), "float32")
-        PL = T.alloc_buffer((batch, heads, (listed + SPLIT - 1) // SPLIT), "float32")
+        # A sequence's parts begin at BI[b] // SPLIT + b: room for all, and none overlap.
+        PO = T.alloc_buffer((listed // SPLIT + batch, heads, head_dim), "float32")
+        PM = T.alloc_buffer((listed // SPLIT + batch, heads), "float32")
+        PL = T.alloc_buffer((listed // SPLIT + batch, heads), "float32")
         # Heads outermost: where sequences differ in length, every thread has some of each.
         for task in T.parallel(kv_heads * batch * parts):
             kvh: T.let = task // (batch * parts)
@@ -173,20 +173,24 @@ def decode_attention(
                     for v in T.vectorized(lanes):
                         O[g, j * lanes + v] = T.float32(0)
             attend(Q, K, V, P, B, S, M, L, O, b, kvh, BI[b], lo, hi, START[b], low, high)
+            place: T.let = BI[b] // SPLIT + T.Cast("int32", b + part)
+            written: T.let = T.Cast("int32", part) * SPLIT < BI[b + 1] - BI[b]
             for g in T.serial(group):
                 head: T.let = kvh * group + g
                 if parts == 1:
                     for j in T.serial(vectors):
                         for v in T.vectorized(lanes):
                             OUT[b, head * head_dim + j * lanes + v] = O[g, j * lanes + v] / L[g]
-                else:
-                    PM[b, head, part] = M[g]
-                    PL[b, head, part] = L[g]
+                elif written:
+                    PM[place, head] = M[g]
+                    PL[place, head] = L[g]
                     for j in T.serial(vectors):
                         for v in T.vectorized(lanes):
-                            PO[b, head, part, j * lanes + v] = O[g, j * lanes + v]
+                            PO[place, head, j * lanes + v] = O[g, j * lanes + v]
         if parts > 1:
             for row in T.parallel(batch * heads):
-                join(PO, PM, PL, OUT, row // heads, row % heads, parts)
+                b: T.let = row // heads
+                own: T.let = (BI[b + 1] - BI[b] + SPLIT - 1) // SPLIT
+                join(PO, PM, PL, OUT, b, row % heads, BI[b] // SPLIT + T.Cast("int32", b), own)
 
     return hand_scheduled(func)

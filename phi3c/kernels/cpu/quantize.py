@@ -9,6 +9,7 @@ the offset −zero · Σa, which is what Σqa lacks to be Σ(q − zero)a.
 
 import operator
 
+import numpy as np
 from tvm.script import tirx as T
 
 from ..root import hand_scheduled
@@ -20,6 +21,7 @@ from .reduce import folded
 OCTETS = GROUP // 4  # words of int8
 SCALE, OFFSET = OCTETS, OCTETS + 1
 WORDS = OCTETS + 2
+_TINY_BITS = int(np.float32(1e-30).view(np.int32))  # a group of zeros has this scale, not 0
 
 
 def slot(first, rows, groups: int, group, row):
@@ -36,31 +38,34 @@ def slot_of(m, tile_rows: int, groups: int, row, group):
 def quantized_group(isa: Isa, zero: int):
     """Returns the inline function `put(V, A, at)`: V `[32]` f32 → A[at] `[10]` i32 (see above).
 
-    x ≈ scale · a, a = round(x / scale), scale = max|x| / 127 of the group.
+    x ≈ scale · a, a = round(x / scale), scale = max|x| / 127 of the group. The largest is found
+    among the bits, as integers: NaN is the largest there, so that it stays NaN in the scale.
     """
     lanes = min(isa.lanes, 16)
     largest, added = folded(T.max, lanes), folded(operator.add, lanes)
 
     @T.inline
     def put(V, A, at):
-        top = T.alloc_buffer((lanes,), "float32")
+        top = T.alloc_buffer((lanes,), "int32")
         total = T.alloc_buffer((lanes,), "int32")
         octets = T.alloc_buffer((GROUP,), "int8")
         for v in T.vectorized(lanes):
-            top[v] = T.float32(1e-30)
+            top[v] = _TINY_BITS
             total[v] = 0
         for j in T.unroll(GROUP // lanes):
             for v in T.vectorized(lanes):
-                top[v] = T.max(top[v], T.abs(V[j * lanes + v]))
+                bits = T.meta_var(T.reinterpret("int32", V[j * lanes + v]))
+                top[v] = T.max(top[v], T.bitwise_and(bits, T.int32(0x7FFFFFFF)))
         largest(top)
-        inverse: T.let = T.float32(127) / top[0]
+        most: T.let = T.reinterpret("float32", top[0])
+        inverse: T.let = T.float32(127) / most
         for j in T.unroll(GROUP // lanes):
             for v in T.vectorized(lanes):
                 rounded = T.meta_var(T.Cast("int32", T.nearbyint(V[j * lanes + v] * inverse)))
                 total[v] += rounded
                 octets[j * lanes + v] = T.Cast("int8", rounded)
         A[at, T.ramp(0, 1, OCTETS)] = T.reinterpret(f"int32x{OCTETS}", octets[T.ramp(0, 1, GROUP)])
-        A[at, SCALE] = T.reinterpret("int32", top[0] * T.float32(1 / 127))
+        A[at, SCALE] = T.reinterpret("int32", most * T.float32(1 / 127))
         added(total)
         A[at, OFFSET] = total[0] * -zero
 

@@ -22,6 +22,13 @@ def rope_table(rotary_dim: int, attention_factor: float):
     """
     half = rotary_dim // 2
 
+    @T.inline
+    def angles(P, S, F, O, t):
+        for j in T.serial(half):
+            angle: T.let = T.Cast("float32", P[t]) * F[S[t], j]
+            O[t, j] = T.cos(angle) * T.float32(attention_factor)
+            O[t, half + j] = T.sin(angle) * T.float32(attention_factor)
+
     @T.prim_func(private=True, s_tir=True)
     def func(positions: T.handle, factor_set: T.handle, inv_freq: T.handle, out: T.handle):
         n = T.int64()
@@ -29,11 +36,12 @@ def rope_table(rotary_dim: int, attention_factor: float):
         S = T.match_buffer(factor_set, (n,), "int32")
         F = T.match_buffer(inv_freq, (2, half), "float32")
         O = T.match_buffer(out, (n, rotary_dim), "float32")
-        for t in T.parallel(n):
-            for j in T.serial(half):
-                angle: T.let = T.Cast("float32", P[t]) * F[S[t], j]
-                O[t, j] = T.cos(angle) * T.float32(attention_factor)
-                O[t, half + j] = T.sin(angle) * T.float32(attention_factor)
+        if n <= SERIAL_LONG_ROWS:
+            for t in T.serial(n):
+                angles(P, S, F, O, t)
+        else:
+            for t in T.parallel(n):
+                angles(P, S, F, O, t)
 
     return hand_scheduled(func)
 
