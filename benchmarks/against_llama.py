@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--quantization", default="q4f16_1")
     parser.add_argument("--figure", type=Path, help="an .svg to write")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         weights, artifact = Path(folder) / "model.gguf", Path(folder) / "artifact"
         random_gguf.write(Phi3Config.from_file(args.config), weights)
         made = phi3c.compile(weights, quantization=args.quantization, output=artifact)

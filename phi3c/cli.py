@@ -234,17 +234,25 @@ def _folder_size(folder: Path) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from .bench.report import bench, facts, render
-    from .bench.workloads import Work
+    from .bench.workloads import Work, fits
     from .runtime.compiled import load
 
-    works = [Work(1, 0, n) for n in args.prefill]
-    works += [Work(1, n, 1) for n in args.decode]
-    works += [Work(args.batch, n, 1) for n in args.batch_decode]
-    if min([args.samples, args.batch, *args.prefill, *args.decode, *args.batch_decode]) < 1:
+    asked = [n for given in (args.prefill, args.decode, args.batch_decode) for n in given or ()]
+    if min([args.samples, args.batch, *asked]) < 1:
         raise InputError("bench: found a number below 1; accepted: positive numbers")
     model = load(Path(args.artifact).expanduser(), threads=args.threads)
     if args.engine:
         return _bench_engine(args, model)
+    works = []
+    for given, default, made in (
+        (args.prefill, (128, 512), lambda n: Work(1, 0, n)),
+        (args.decode, (128, 1024), lambda n: Work(1, n, 1)),
+        (args.batch_decode, (128,), lambda n: Work(args.batch, n, 1)),
+    ):
+        if given is None:  # what the artifact has room for
+            works += [w for w in map(made, default) if fits(model.manifest, w, args.samples)]
+        else:
+            works += map(made, given)
     with _progress(args) as progress:
         report = bench(model, works, args.samples, args.profile, progress)
     if not args.json:
@@ -509,7 +517,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--batch-decode", "128", "contexts of --batch sequences that decode together"),
     ):
         text = f"{what} ({default}; empty: none)"
-        made.add_argument(name, type=_numbers, default=default, metavar="N,…", help=text)
+        made.add_argument(name, type=_numbers, metavar="N,…", help=text)
     made.add_argument("--batch", type=int, default=8, metavar="N", help="sequences (8)")
     made.add_argument("--samples", type=int, default=7, metavar="N", help="runs of each (7)")
     made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")

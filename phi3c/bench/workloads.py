@@ -87,10 +87,17 @@ def kernel_seconds(
     return {name: (sum(t) / samples, round(len(t) / samples)) for name, t in total.items()}
 
 
+def fits(manifest: Manifest, work: Work, samples: int) -> bool:
+    """Whether the artifact's limits have room for the work."""
+    limits = manifest.limits
+    room = _room(work, samples + 1)
+    return room <= limits.context_length and work.batch <= limits.max_batch_size
+
+
 def check(manifest: Manifest, work: Work, samples: int) -> None:
     """Raises InputError if the artifact's limits are below what the work needs."""
     limits, room = manifest.limits, _room(work, samples + 1)
-    if room > limits.context_length or work.batch > limits.max_batch_size:
+    if not fits(manifest, work, samples):
         raise InputError(
             f"bench: {work.name}: needs {room} tokens in {work.batch} sequences; accepted: up to "
             f"{limits.context_length} in {limits.max_batch_size}, the artifact's limits"
