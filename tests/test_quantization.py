@@ -13,8 +13,8 @@ from test_parity import new_cache, prefill, tokens
 
 from phi3c.errors import SchemeError
 from phi3c.kernels.cpu import layout
-from phi3c.kernels.cpu.activation import silu_mul_quantize
 from phi3c.kernels.cpu.group_linear import ROW_BLOCK, group_embedding, group_linear
+from phi3c.kernels.cpu.int8_gated import int8_gated
 from phi3c.kernels.cpu.int8_linear import int8_linear
 from phi3c.kernels.cpu.norm import rms_norm_quantize
 from phi3c.kernels.cpu.quantize import quantize_rows
@@ -169,14 +169,6 @@ def test_rms_norm_quantize(isa, hidden):
         check_rounding(expected, *quantized_rows(isa, run, hidden, x, weight)[1:], zero=8)
 
 
-@pytest.mark.parametrize("intermediate", [32, 160, 2080])
-def test_silu_mul_quantize(isa, intermediate):
-    run = compile_kernel(silu_mul_quantize(isa, intermediate, 4), isa)
-    for x in some_rows(isa, 2 * intermediate):
-        expected = twins.silu_mul(x).astype(np.float32)
-        check_rounding(expected, *quantized_rows(isa, run, intermediate, x)[1:], zero=4)
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("shape", "residual"),
@@ -206,6 +198,23 @@ def test_int8_linear(isa, bits, shape, residual):
         run(inputs, *arrays, *([tensor(added)] if residual else []), out)
         expected = rounded @ weight.T + (added if residual else 0)
         assert kernel_error(out.numpy(), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(32, 32), (96, 160), (160, 64)])
+def test_int8_gated(isa, bits, shape):
+    """Against the linear of rounded activations, silu·mul and rounding, one after another."""
+    intermediate, in_features = shape
+    spec, arrays, weight = quantized(bits, 2 * intermediate, in_features)
+    run = compile_kernel(int8_gated(isa, *shape, bits, "float16", 4), isa)
+    quantize = compile_kernel(quantize_rows(isa, in_features, spec.zero), isa)
+    for m in ROWS:
+        x = np.random.default_rng(m).standard_normal((m, in_features)).astype(np.float32)
+        inputs, *_, rounded = quantized_rows(isa, quantize, in_features, x)
+        out = tensor(np.full((m, intermediate // 32, 10), -1, np.int32))
+        run(inputs, *arrays, out)
+        expected = twins.silu_mul(rounded @ weight.T).astype(np.float32)
+        check_rounding(expected, *in_row_order(isa, out.numpy()), zero=4)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -101,15 +101,18 @@ class Ops:
         kernel = self.kernels.rms_norm_quantize(x.shape[1], self.config.rms_norm_eps, kind.zero)
         return self._int8_rows(kernel, "rms_norm_quantize", [x, weight], x.shape[1])
 
-    def silu_mul_quantize(self, gate_up: Tensor, kind: Kind) -> Activation:
-        """`[n, 2·intermediate]` → quantize(up · silu(gate)), intermediate features."""
-        features = gate_up.shape[1] // 2
-        if not self._int8(kind):
+    def gated_linear(self, x: Activation, weight: Weight, features: int, kind: Kind) -> Activation:
+        """x `[n, in]`, weight of gate and up → up · silu(gate) `[n, features]`, as a linear of
+        `kind` reads it.
+        """
+        if not (isinstance(x, Int8Rows) and self._int8(kind)):
+            gate_up = self.linear(x, weight, 2 * features)
             kernel = self.kernels.silu_mul(features)
             out = self._out(gate_up.shape[0], features)
-            return nn.op.tensor_ir_op(kernel, "silu_mul", [gate_up], out)
-        kernel = self.kernels.silu_mul_quantize(features, kind.zero)
-        return self._int8_rows(kernel, "silu_mul_quantize", [gate_up], features)
+            return self.quantize(nn.op.tensor_ir_op(kernel, "silu_mul", [gate_up], out), kind)
+        form, arrays = _parts(weight)
+        kernel = self.kernels.int8_gated(features, x.features, form, kind.zero)
+        return self._int8_rows(kernel, "int8_gated", [x.words, *arrays], features)
 
     def _int8(self, kind: Kind) -> bool:
         return isinstance(kind, GroupQuantization) and self.scheme.int8_activations

@@ -235,8 +235,9 @@ class Phi3MLP(nn.Module):
         self.down_proj = Phi3Linear(ops, c.intermediate_size, c.hidden_size)
 
     def forward(self, x: Activation, residual: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj(x)  # [n, 2·intermediate]
-        return self.down_proj(self.ops.silu_mul_quantize(gate_up, self.down_proj.kind), residual)
+        weight, size = self.gate_up_proj.weight, self.ops.config.intermediate_size
+        gated = self.ops.gated_linear(x, weight, size, self.down_proj.kind)  # [n, intermediate]
+        return self.down_proj(gated, residual)
 
 
 class Phi3Embedding(nn.Module):

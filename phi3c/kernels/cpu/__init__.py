@@ -9,11 +9,12 @@ import numpy as np
 from tvm import tirx
 
 from . import layout
-from .activation import silu_mul, silu_mul_quantize
+from .activation import silu_mul
 from .copy import copy_slots
 from .decode_attention import decode_attention
 from .embedding import embedding, last_row, take_rows
 from .group_linear import group_embedding, group_linear
+from .int8_gated import int8_gated
 from .int8_linear import int8_linear
 from .isa import Isa
 from .linear import linear
@@ -103,6 +104,13 @@ class CpuKernels:
         return int8_linear(dot, self.isa.int8_rows, *shape, residual)
 
     @cache  # noqa: B019
+    def int8_gated(
+        self, intermediate_size: int, in_features: int, kind: GroupFormat, zero: int
+    ) -> tirx.PrimFunc:
+        form = (kind.bits, kind.scale_dtype)
+        return int8_gated(self.isa, intermediate_size, in_features, *form, zero)
+
+    @cache  # noqa: B019
     def rms_norm(self, hidden_size: int, eps: float) -> tirx.PrimFunc:
         return rms_norm(self.isa, hidden_size, eps)
 
@@ -113,10 +121,6 @@ class CpuKernels:
     @cache  # noqa: B019
     def silu_mul(self, intermediate_size: int) -> tirx.PrimFunc:
         return silu_mul(self.isa, intermediate_size)
-
-    @cache  # noqa: B019
-    def silu_mul_quantize(self, intermediate_size: int, zero: int) -> tirx.PrimFunc:
-        return silu_mul_quantize(self.isa, intermediate_size, zero)
 
     @cache  # noqa: B019
     def rope_table(self, rotary_dim: int, attention_factor: float) -> tirx.PrimFunc:

@@ -4,40 +4,9 @@ from tvm.script import tirx as T
 
 from ..root import hand_scheduled
 from .int8_dot import Dot
-from .int8_pairs import pair_tile
-from .layout import GROUP, PANEL, group_shapes
-from .prefetch import ROW_AHEAD, group_prefetcher
-from .quantize import OFFSET, SCALE, WORDS, slot
-
-ROW_BLOCK = 64  # rows whose sums are in the cache together
-ROWS_AHEAD = 3  # groups whose weights are prefetched, where many rows pass
-_QUADS = GROUP // 4
-
-
-def _quad(W, panel, group, t, col, bits: int, lanes: int):
-    """Quad t of `lanes` rows from `col` on: uint32x<lanes>, a stored value in each byte."""
-
-    def every(value: int):
-        return T.broadcast(T.uint32(value), lanes)
-
-    def word(index):
-        return W[panel, group, index, T.ramp(col, 1, lanes)]
-
-    if bits == 8:
-        return word(t)
-    if bits == 4:
-        shift = T.broadcast(T.Cast("uint32", t % 2 * 4), lanes)
-        return T.bitwise_and(T.shift_right(word(t // 2), shift), every(0x0F0F0F0F))
-    low = T.shift_right(word(t // 4), T.broadcast(T.Cast("uint32", t % 4 * 2), lanes))
-    high = T.shift_right(word(2), T.broadcast(T.Cast("uint32", t), lanes))
-    return T.bitwise_or(
-        T.bitwise_and(low, every(0x03030303)),
-        T.shift_left(T.bitwise_and(high, every(0x01010101)), every(2)),
-    )
-
-
-def _row_scale(A, at, lanes: int):
-    return T.broadcast(T.reinterpret("float32", A[at, SCALE]), lanes)
+from .int8_sums import ROW_BLOCK, task_sums
+from .layout import PANEL, group_shapes
+from .quantize import WORDS
 
 
 def int8_linear(
@@ -51,19 +20,13 @@ def int8_linear(
 ):
     """a `[m, groups, 10]` i32 (quantize.py), q, scale (layout.group_shapes),
     (residual `[m, out]` f32) → `[m, out]` f32.
-
-    One row streams the weights through registers (decode is bound by reading them). More rows pass,
-    tile_rows at a time, over the weights of a group that were unpacked into registers.
     """
     q_shape, scale_shape = group_shapes(out_features, in_features, bits)
     n_panels, n_groups = q_shape[:2]
     side = next(d for d in (4, 3, 2, 1) if n_panels % d == 0)  # panels of a parallel task
-    lanes = dot.lanes
-    parts = side * PANEL // lanes  # vectors across a task's columns
-    acc_len, acc_dtype = dot.acc_len, dot.acc_dtype
     row_block = ROW_BLOCK // tile_rows * tile_rows
     tail = out_features % PANEL
-    ask = group_prefetcher(side, n_groups, bits)
+    sums = task_sums(dot, tile_rows, n_groups, bits, side, side, lambda j: j)
 
     @T.inline
     def store(F, R, O, at, j, row, col):
@@ -81,98 +44,6 @@ def int8_linear(
                     O[row, col + v] = F[at, j * PANEL + v]
 
     @T.inline
-    def one_row(A, W, S, LW, LS, F, p, first):
-        acc = T.alloc_buffer((parts * lanes,), "float32")
-        for i in T.unroll(parts):
-            acc[T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
-        for g in T.serial(n_groups):
-            at: T.let = slot(first, 1, n_groups, g, 0)
-            for j in T.unroll(side):
-                ask(LW, LS, p, j, g + ROW_AHEAD)
-            h = T.alloc_buffer((parts * acc_len,), acc_dtype)
-            for i in T.unroll(parts):
-                h[T.ramp(i * acc_len, 1, acc_len)] = dot.start(A[at, OFFSET])
-            for t in T.unroll(_QUADS):
-                for i in T.unroll(parts):
-                    w = T.meta_var(
-                        _quad(
-                            W,
-                            p * side + i * lanes // PANEL,
-                            g,
-                            t,
-                            i * lanes % PANEL,
-                            bits,
-                            lanes,
-                        )
-                    )
-                    h[T.ramp(i * acc_len, 1, acc_len)] = dot.step(
-                        h[T.ramp(i * acc_len, 1, acc_len)], w, dot.activation(A, at, t)
-                    )
-            for i in T.unroll(parts):
-                s = T.meta_var(
-                    S[
-                        p * side + i * lanes // PANEL,
-                        g,
-                        T.ramp(i * lanes % PANEL, 1, lanes),
-                    ]
-                )
-                total = T.meta_var(dot.finish(h[T.ramp(i * acc_len, 1, acc_len)], A[at, OFFSET]))
-                acc[T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
-                    T.Cast(f"float32x{lanes}", s) * _row_scale(A, at, lanes)
-                )
-        for i in T.unroll(parts):
-            F[0, T.ramp(i * lanes, 1, lanes)] = acc[T.ramp(i * lanes, 1, lanes)]
-
-    @T.inline
-    def tile(A, w, scale, F, i, at, row, n_rows):
-        """at: slot of the first of the rows; row: in F."""
-        h = T.alloc_buffer((n_rows * acc_len,), acc_dtype)
-        for r in T.unroll(n_rows):
-            h[T.ramp(r * acc_len, 1, acc_len)] = dot.start(A[at + r, OFFSET])
-        for t in T.unroll(_QUADS):
-            for r in T.unroll(n_rows):
-                h[T.ramp(r * acc_len, 1, acc_len)] = dot.step(
-                    h[T.ramp(r * acc_len, 1, acc_len)],
-                    w[T.ramp(t * lanes, 1, lanes)],
-                    dot.activation(A, at + r, t),
-                )
-        for r in T.unroll(n_rows):
-            total = T.meta_var(dot.finish(h[T.ramp(r * acc_len, 1, acc_len)], A[at + r, OFFSET]))
-            F[row + r, T.ramp(i * lanes, 1, lanes)] += T.Cast(f"float32x{lanes}", total) * (
-                scale[T.ramp(0, 1, lanes)] * _row_scale(A, at + r, lanes)
-            )
-
-    whole_tile = pair_tile if dot.by_pairs else tile
-
-    @T.inline
-    def many_rows(A, W, S, LW, LS, F, p, start, count):
-        for r in T.serial(count):
-            for i in T.unroll(parts):
-                F[r, T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
-        for g in T.serial(n_groups):
-            for i in T.serial(parts):
-                # Registers: a group's weights stay there while all rows pass.
-                w = T.alloc_buffer((_QUADS * lanes,), "uint32")
-                scale = T.alloc_buffer((lanes,), "float32")
-                panel: T.let = p * side + i * lanes // PANEL
-                column: T.let = i * lanes % PANEL
-                if column == 0:
-                    ask(LW, LS, p, i * lanes // PANEL, g + ROWS_AHEAD)
-                for t in T.unroll(_QUADS):
-                    w[T.ramp(t * lanes, 1, lanes)] = _quad(W, panel, g, t, column, bits, lanes)
-                scale[T.ramp(0, 1, lanes)] = T.Cast(
-                    f"float32x{lanes}", S[panel, g, T.ramp(column, 1, lanes)]
-                )
-                for k in T.serial(count // tile_rows):
-                    row: T.let = k * tile_rows
-                    at: T.let = slot(start + row, tile_rows, n_groups, g, 0)
-                    whole_tile(A, w, scale, F, i, at, row, tile_rows)
-                left: T.let = count % tile_rows
-                last: T.let = slot(start + count - left, left, n_groups, g, 0)
-                for k in T.serial(left):
-                    tile(A, w, scale, F, i, last + k, count - left + k, 1)
-
-    @T.inline
     def body(rows, W, S, R, O, m):
         A = T.decl_buffer((m * n_groups, WORDS), "int32", data=rows.data)
         LW = T.decl_buffer((n_panels * n_groups, bits, PANEL), "uint32", data=W.data)
@@ -182,10 +53,7 @@ def int8_linear(
             for block in T.serial((m + row_block - 1) // row_block):
                 start: T.let = block * row_block
                 count: T.let = T.min(m - start, row_block)
-                if count == 1:
-                    one_row(A, W, S, LW, LS, F, p, start)
-                else:
-                    many_rows(A, W, S, LW, LS, F, p, start, count)
+                sums(A, W, S, LW, LS, F, p, start, count)
                 for r in T.serial(count):
                     for j in T.unroll(side):
                         store(F, R, O, r, j, start + r, (p * side + j) * PANEL)

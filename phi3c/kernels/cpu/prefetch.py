@@ -40,8 +40,9 @@ def later(task, j: int, side: int, length: int, i):
 
 
 def group_prefetcher(side: int, n_groups: int, bits: int):
-    """Returns the inline function `ahead(W, S, p, j, g)`: asks for group g of task p's panel j, in
-    the weights W `[panels·groups, bits, 16]` and scales S `[panels·groups, 16]`.
+    """Returns the inline function `ahead(W, S, p, j, g)`: asks for group g of panel p · side + j,
+    in the weights W `[panels·groups, bits, 16]` and scales S `[panels·groups, 16]`; a group past
+    the end is one of the panel `side` further on, which the next task has in the same place.
     """
 
     @T.inline
