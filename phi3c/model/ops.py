@@ -112,7 +112,7 @@ class Ops:
             return self.quantize(nn.op.tensor_ir_op(kernel, "silu_mul", [gate_up], out), kind)
         form, arrays = _parts(weight)
         kernel = self.kernels.int8_gated(features, x.features, form, kind.zero)
-        return self._int8_rows(kernel, "int8_gated", [x.words, *arrays], features)
+        return self._int8_rows(kernel, "int8_gated_linear", [x.words, *arrays], features)
 
     def _int8(self, kind: Kind) -> bool:
         return isinstance(kind, GroupQuantization) and self.scheme.int8_activations
