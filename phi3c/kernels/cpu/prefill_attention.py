@@ -129,7 +129,11 @@ def prefill_attention(
         OUT = T.match_buffer(out, (n, heads * head_dim), "float32")
         K = T.decl_buffer((blocks, 2, kv_heads, head_dim, KV_BLOCK), kv_dtype, data=P.data)
         V = T.decl_buffer((blocks, 2, kv_heads, KV_BLOCK, head_dim), kv_dtype, data=P.data)
-        for h in T.parallel(heads):
+        # A sequence's tiles begin at QI[b] // QUERY_TILE + b: room for all, and none overlap.
+        tiles: T.let = n // QUERY_TILE + batch
+        for task in T.parallel(heads * tiles):
+            h: T.let = task // tiles
+            place: T.let = T.Cast("int32", task % tiles)
             S = T.alloc_buffer((QUERY_TILE, keys), "float32")
             O = T.alloc_buffer((QUERY_TILE, head_dim), "float32")
             M = T.alloc_buffer((QUERY_TILE,), "float32")
@@ -143,7 +147,8 @@ def prefill_attention(
             oldest = T.alloc_buffer((1,), "int32")
             for b in T.serial(batch):
                 n_new: T.let = QI[b + 1] - QI[b]
-                for tile in T.serial((n_new + QUERY_TILE - 1) // QUERY_TILE):
+                tile: T.let = place - QI[b] // QUERY_TILE - T.Cast("int32", b)
+                if tile >= 0 and tile * QUERY_TILE < n_new:
                     n_rows: T.let = T.min(n_new - tile * QUERY_TILE, QUERY_TILE)
                     oldest[0] = NEVER
                     for i in T.serial(QUERY_TILE):
