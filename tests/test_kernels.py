@@ -7,6 +7,7 @@ from functools import cache
 
 import aarch64
 import kernel_twins as twins
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -127,19 +128,32 @@ LINEARS = [  # out, in, weight dtype, residual
     (64, 48, "float16", True),
     (100, 3, "float32", True),
     (100, 36, "float16", False),
+    (17, 33, "uint16", True),
+    (64, 48, "uint16", False),
 ]
+
+
+def weight_panels(seed: int, out: int, in_: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """A random weight's panels as a kernel of `dtype` reads them, and as values."""
+    weight = normal(seed, out, in_)
+    if dtype != "uint16":
+        panels = layout.pack_panels(weight.astype(dtype))
+        return panels, panels
+    rounded = weight.astype(ml_dtypes.bfloat16)
+    values = layout.pack_panels(rounded.astype(np.float32))
+    return layout.pack_panels(rounded.view(np.uint16)), values
 
 
 @pytest.mark.parametrize(("out", "in_", "dtype", "residual"), LINEARS)
 def test_linear(isa, out, in_, dtype, residual):
     kernel = compiled(isa, "linear", out, in_, dtype, residual)
-    panels = layout.pack_panels(normal(1, out, in_, dtype=dtype))
+    panels, values = weight_panels(1, out, in_, dtype)
     tile = TARGETS[isa][0].linear_rows
     for rows in (1, 2, tile - 1, tile, tile + 1, 3 * tile + 2):
         x = normal(rows, rows, in_)
         extra = [normal(2, rows, out)] if residual else []
         found = run(kernel, x, panels, *extra, out_shape=(rows, out))
-        check(found, twins.linear(x, panels, out, *extra))
+        check(found, twins.linear(x, values, out, *extra))
 
 
 def test_linear_of_no_rows_writes_nothing(isa):
@@ -161,18 +175,18 @@ def test_linear_keeps_a_row_apart_from_its_neighbours(isa):
     np.testing.assert_array_equal(np.delete(beside, 1, 0), np.delete(alone, 1, 0))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "uint16"])
 @pytest.mark.parametrize("vocab", [15, 16, 100])
 @pytest.mark.parametrize("hidden", [4, 36])
 def test_embedding(isa, vocab, hidden, dtype):
-    panels = layout.pack_panels(normal(4, vocab, hidden, dtype=dtype))
+    panels, values = weight_panels(4, vocab, hidden, dtype)
     for n in (1, 5):
         ids = np.random.default_rng(n).integers(0, vocab, n).astype(np.int32)
         ids[0] = vocab - 1
         found = run(
             compiled(isa, "embedding", vocab, hidden, dtype), ids, panels, out_shape=(n, hidden)
         )
-        np.testing.assert_array_equal(found, twins.embedding(ids, panels))
+        np.testing.assert_array_equal(found, twins.embedding(ids, values))
 
 
 # Rows
