@@ -27,8 +27,8 @@ _TRIES = 4  # places looked at for each branch, as most of them go on alike
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """tokens: in a chain; shortest, longest: tokens that must match; branches: different
-    continuations in a draft, each a chain. adaptive: shorter drafts, or none, where they do not pay.
+    """tokens: in a chain; shortest, longest: tokens that must match; branches: different chains in
+    a draft. adaptive: shorter drafts, or none, where they do not pay.
     """
 
     tokens: int = 8

@@ -5,10 +5,11 @@ means for one row of logits, `Sampler` draws from it. Penalties and biases chang
 (penalties.py).
 
 A draw is a race: every token of the vocabulary has an exponential random number, divided by its
-probability, and the least wins, which is token i with probability i's (the Gumbel-max trick, Maddison
-et al. 2014, without its logarithm). The numbers depend on the seed and on the position in the answer
-alone, so a seed gives the same tokens whatever else is in the batch; and who knows similar logits, as
-a draft model does, can say beforehand which tokens are likely to win (speculation.py).
+probability, and the least wins, which is each token with just its probability (the Gumbel-max
+trick, Maddison et al. 2014, without the logarithm). The numbers depend on the seed and on the
+position in the answer alone, so a seed gives the same tokens whatever else is in the batch; and who
+knows similar logits, as a draft model does, can say beforehand which tokens are likely to win
+(speculation.py).
 
 Ties: top-k keeps every token as large as the k-th (as transformers does); greedy and top-p prefer
 the lower token id.

@@ -7,11 +7,11 @@ and log-probabilities see one token after the other and know nothing of drafts.
 
 That is exact rejection sampling. A draft is one token x with certainty, q(x) = 1; Leviathan et al.
 2023 ("Fast Inference from Transformers via Speculative Decoding", section 2.3) accept it with
-probability min(1, p(x)/q(x)) = p(x), and else draw from max(0, p − q) normalised, which is p without
-x. To draw t from p and to accept x where t = x does the same, and for a tree too: its children are
-several x at once. As t is drawn with the random numbers of its position (sampler.py), the tokens are
-not only distributed as without speculation, they are equal, up to ties of rounded logits: a forward
-of another shape may add in another order, just as in another batch.
+probability min(1, p(x)/q(x)) = p(x), and else draw from max(0, p − q) normalised, which is p
+without x. To draw t from p and to accept x where t = x does the same, and for a tree too: its
+children are several x at once. As t is drawn with the random numbers of its position (sampler.py),
+the tokens are not only distributed as without speculation, they are equal, up to ties of rounded
+logits: a forward of another shape may add in another order, just as in another batch.
 
 A draft model draws its guesses with those same random numbers, from its own probabilities q. Then
 they agree with t with a probability of at least (1 − d)/(1 + d), d being the total variation
