@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class Scripted:
     branches: int = 1
     always_right: bool = False
     adaptive: bool = False
+    reproducible: bool = False
     made: list[Draft] = field(default_factory=list)
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -277,6 +278,50 @@ def test_an_end_in_the_middle_of_a_right_draft(build_model):
     assert engine.metrics().accepted_tokens < at + 1
 
 
+def test_a_seed_gives_the_same_tokens_in_any_company_where_activations_are_int8(rounded):
+    """Of a draft that the clock may switch off, in any batch, with and without preemption."""
+    options = PromptLookup(shortest=1, reproducible=True)
+    few = dict.fromkeys(range(20, 24), 60.0)  # answers that repeat, and near ties in plenty
+    params = dict(temperature=8.0, logit_bias=few)
+
+    def answers(count: int, pages: int, **changes) -> list[list[int]]:
+        engine = Engine(
+            rounded,
+            max_total_seq_len=pages * 16,
+            speculation=replace(options, **changes),
+            prefix_cache=False,
+        )
+        handles = [
+            engine.submit(request(random_ids(20, seed=i), 100, params=params | dict(seed=i)))
+            for i in range(count)
+        ]
+        run_all(engine)
+        assert pages == 40 or engine.metrics().preemptions > 0
+        return [handle.outputs[0].token_ids for handle in handles]
+
+    together = answers(8, 40)
+    assert answers(8, 20) == answers(8, 40, adaptive=False) == together
+    assert answers(3, 40) == together[:3]
+
+
+def test_reproducible_prompts_of_one_token_at_a_time(plain):
+    """Steps in which every part is a token, and some of them are not the last of a prompt."""
+    options = PromptLookup(shortest=1, reproducible=True)
+    engine = Engine(plain, speculation=options, prefix_cache=False)
+    handles = [engine.submit(request(random_ids(25, seed=i), 9)) for i in range(4)]
+    run_all(engine)
+    for i, handle in enumerate(handles):
+        assert handle.outputs[0].token_ids == alone(plain, random_ids(25, seed=i), 9)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """The toy with the default scheme."""
+    folder = tmp_path_factory.mktemp("speculation") / "toy"
+    phi3c.compile(TOY / "checkpoint", output=folder, max_batch_size=4)
+    return phi3c.load(folder, threads=1)
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speculation") / "toy"
@@ -391,7 +436,8 @@ def test_guessing_stops_where_it_is_never_right():
         costs.add_forward(1, n, 1.0 + 0.1 * n)  # so a right guess pays
 
     def best() -> int:
-        return max(range(9), key=lambda d: (1 + pace.expected(d)) / costs.seconds(1, 1 + d, d))
+        depths = np.arange(9)
+        return int(np.argmax((1 + pace.expected(depths)) / costs.seconds(1, 1 + depths, depths)))
 
     assert best() > 1
     drafted = 0
@@ -410,10 +456,12 @@ def test_guessing_stops_where_forwards_cost_too_much():
     pace, costs = Pace(), _Costs()
     costs.add_forward(2, 2, 1.0)
     costs.add_forward(2, 3, 9.0)
-    assert costs.seconds(2, 3, 1) == costs.seconds(2, 9, 1) == 9 and costs.seconds(2, 2, 0) == 1
+    depths = np.arange(5)
+    assert costs.seconds(2, 2 + depths, depths).tolist() == [1, 9, 9, 9, 9]
     for _ in range(100):
         pace.learn(4, 4)
-    assert (2 + pace.expected(4)) / costs.seconds(2, 6, 4) < 2 / costs.seconds(2, 2, 0)
+    assert pace.expected(depths) == pytest.approx(depths, rel=1e-3)
+    assert np.argmax((2 + pace.expected(depths)) / costs.seconds(2, 2 + depths, depths)) == 0
     assert costs.wants_plain(1) and not costs.wants_plain(2)
     for _ in range(64):
         costs.add_forward(2, 6, 9.0)

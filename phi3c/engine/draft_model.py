@@ -29,13 +29,14 @@ __all__ = ["DraftModel"]
 
 @dataclass(frozen=True)
 class DraftModel:
-    """depth: tokens in a chain; width: guesses at each of them. adaptive: shorter drafts, or none,
-    where they do not pay."""
+    """depth: tokens in a chain; width: guesses at each of them. adaptive, reproducible: as
+    `SpeculationOptions` has them."""
 
     model: CompiledPhi3
     depth: int = 5
     width: int = 1
     adaptive: bool = True
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "width"):

@@ -51,7 +51,7 @@ class Engine:
         self._speculation = None
         if speculation is not None:
             drafter = speculation.start(model, self._cache.num_pages * page_size)
-            self._speculation = Speculation(drafter, speculation.adaptive)
+            self._speculation = Speculation(speculation, drafter)
         self._submitted: dict[Handle, float] = {}  # → when; until it is done
         self._next_id = self._arrivals = 0
         self._metrics = Metrics()
@@ -155,9 +155,11 @@ class Engine:
 
     def _forward(self, parts: list[Part]) -> np.ndarray:
         embed = self.model.embed([token for part in parts for token in part.tokens])
-        if any(part.draft for part in parts):
+        single = all(part.size == 1 for part in parts)
+        uniform = self._speculation is not None and self._speculation.reproducible
+        if any(part.draft for part in parts) or (single and uniform):
             return self._verify(parts, embed)
-        if all(p.count == 1 for p in parts):
+        if single:
             run = self.model.decode if len(parts) == 1 else self.model.batch_decode
             logits, _ = run(embed, self._cache)
             logits = logits.numpy().reshape(len(parts), -1)
@@ -174,12 +176,14 @@ class Engine:
             logits, _ = self.model.batch_verify(embed, self._cache)
             return logits.numpy().reshape(sum(part.size for part in parts), -1)
         hidden, _ = self.model.batch_verify_to_last_hidden_states(embed, self._cache)
-        asked, start = [], 0
+        asked: list[int] = []
+        start = 0
         for part in parts:
             if part.complete:
                 asked += range(start + part.count - 1, start + part.size)
             start += part.size
-        return self.model.get_logits(hidden.numpy()[:, asked]).numpy().reshape(len(asked), -1)
+        rows = hidden.numpy()[:, asked or [0]]  # the function wants one
+        return self.model.get_logits(rows).numpy().reshape(rows.shape[1], -1)[: len(asked)]
 
     def _advance(self, parts: list[Part], logits: np.ndarray) -> list[Sequence]:
         """Sample what a forward gave logits for; the sequences that have new tokens."""

@@ -10,8 +10,12 @@ That is exact rejection sampling. A draft is one token x with certainty, q(x) = 
 probability min(1, p(x)/q(x)) = p(x), and else draw from max(0, p − q) normalised, which is p
 without x. To draw t from p and to accept x where t = x does the same, and for a tree too: its
 children are several x at once. As t is drawn with the random numbers of its position (sampler.py),
-the tokens are not only distributed as without speculation, they are equal, up to ties of rounded
-logits: a forward of another shape may add in another order, just as in another batch.
+the tokens are not only distributed as without speculation, they are equal.
+
+Equal up to rounding: the attention of one new token and that of several add in different orders
+(1e-7 of the logits' scale). Where activations are rounded to int8, that can flip a rounding (1e-2),
+and two tokens of nearly the same score may change places. With `reproducible` every step of the
+engine takes the attention of several, which gives a row of a chain the same bits in any company.
 
 A draft model draws its guesses with those same random numbers, from its own probabilities q. Then
 they agree with t with a probability of at least (1 − d)/(1 + d), d being the total variation
@@ -64,9 +68,14 @@ class Drafter(Protocol):
 
 
 class SpeculationOptions(Protocol):
-    """What `Engine(speculation=…)` takes: PromptLookup, DraftModel."""
+    """What `Engine(speculation=…)` takes: PromptLookup, DraftModel.
+
+    adaptive: shorter drafts, or none, where they do not pay. reproducible: a seed gives the same
+    tokens whatever is drafted, up to the last bit of a logit; decoding without drafts is slower.
+    """
 
     adaptive: bool
+    reproducible: bool
 
     def start(self, model: CompiledPhi3, cache_tokens: int) -> Drafter:
         """A drafter for one engine on `model`, with room for its sequences."""
@@ -75,9 +84,10 @@ class SpeculationOptions(Protocol):
 class Speculation:
     """Of one engine: adds drafts to the parts of a forward, and learns what they were worth."""
 
-    def __init__(self, drafter: Drafter, adaptive: bool) -> None:
+    def __init__(self, options: SpeculationOptions, drafter: Drafter) -> None:
+        self.reproducible = options.reproducible
         self._drafter = drafter
-        self._adaptive = adaptive
+        self._adaptive = options.adaptive
         self._costs = _Costs()
         self._paces: WeakKeyDictionary[Sequence, Pace] = WeakKeyDictionary()
 
@@ -120,27 +130,30 @@ class Speculation:
         depths: dict[Sequence, int] = {}
         batch = tokens = expected = len(ready)
         deepest = 0
+        if self._adaptive and self._costs.wants_plain(batch):
+            return depths
         for sequence in sorted(ready, key=lambda s: -self._pace(s).rate):
-            pace, most = self._pace(sequence), room(sequence, self._drafter.depth)
-            while self._drafter.nodes(most) > budget:
-                most -= 1
-            if most <= 0:
+            pace, depth = self._pace(sequence), room(sequence, self._drafter.depth)
+            while depth > 0 and self._drafter.nodes(depth) > budget:
+                depth -= 1
+            if depth <= 0:
                 continue
-            depth = most
+            each = np.arange(depth + 1)
+            right = pace.expected(each)
             if self._adaptive:
-                speeds = [
-                    (expected + pace.expected(d))
-                    / self._costs.seconds(batch, tokens + self._drafter.nodes(d), max(deepest, d))
-                    for d in range(most + 1)
-                ]
-                depth = min(most, pace.choose(int(np.argmax(speeds))))
+                nodes = [self._drafter.nodes(d) for d in range(depth + 1)]
+                seconds = self._costs.seconds(
+                    batch, tokens + np.array(nodes), np.maximum(deepest, each)
+                )
+                best = int(np.argmax((expected + right) / seconds))
+                depth = min(depth, pace.choose(best))
             if depth:
                 depths[sequence] = depth
-                expected += pace.expected(depth)
+                expected += right[depth]
                 tokens += self._drafter.nodes(depth)
                 budget -= self._drafter.nodes(depth)
                 deepest = max(deepest, depth)
-        return {} if self._adaptive and self._costs.wants_plain(batch) else depths
+        return depths
 
 
 @dataclass
@@ -159,9 +172,11 @@ class Pace:
     def rate(self) -> float:
         return self.hits / self.tries
 
-    def expected(self, depth: int) -> float:
-        """Right guesses in a row of so many."""
-        return sum(self.rate**i for i in range(1, depth + 1))
+    def expected(self, depths: np.ndarray) -> np.ndarray:
+        """Right guesses in a row, of so many: the sum of rate, rate², …"""
+        if self.rate == 1:
+            return depths
+        return self.rate * (1 - self.rate**depths) / (1 - self.rate)
 
     def choose(self, best: int) -> int:
         """The depth, where `best` is the one that pays: at times a trial although none does."""
@@ -187,8 +202,10 @@ class _Costs:
         self._verify: dict[int, deque[float]] = {}
         self._drafting: deque[float] = deque(maxlen=9)  # a level
         self._since: dict[int, int] = {}  # batch → forwards with drafts since its last plain one
+        self._lines: dict[int, tuple[list[int], list[float]]] = {}  # batch → tokens, seconds
 
     def add_forward(self, batch: int, tokens: int, seconds: float) -> None:
+        self._lines.clear()
         if tokens == batch:
             self._plain.setdefault(batch, deque(maxlen=5)).append(seconds)
             self._since[batch] = 0
@@ -203,13 +220,14 @@ class _Costs:
         """Whether it is unknown, or forgotten, what a batch costs without drafts."""
         return batch not in self._plain or self._since[batch] >= _MEASURE_AGAIN
 
-    def seconds(self, batch: int, tokens: int, depth: int) -> float:
-        """Of a forward of so many tokens, and of drafts so deep; between measured ones on a line.
+    def seconds(self, batch: int, tokens: np.ndarray, depths: np.ndarray) -> np.ndarray:
+        """Of forwards of so many tokens, and of drafts so deep; between measured ones on a line.
 
         More tokens than were ever measured are taken to cost no more: a reason to try them.
         """
-        points = {n: median(s) for n, s in self._verify.items() if n > batch}
-        points[batch] = median(self._plain.get(batch, [1.0]))
-        counts = sorted(points)
-        drafting = depth * median(self._drafting) if self._drafting else 0.0
-        return float(np.interp(tokens, counts, [points[n] for n in counts])) + drafting
+        if batch not in self._lines:
+            counts = [batch, *sorted(n for n in self._verify if n > batch)]
+            measured = [self._plain[batch], *(self._verify[n] for n in counts[1:])]
+            self._lines[batch] = counts, [median(seconds) for seconds in measured]
+        drafting = median(self._drafting) if self._drafting else 0.0
+        return np.interp(tokens, *self._lines[batch]) + depths * drafting
