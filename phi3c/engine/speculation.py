@@ -50,6 +50,7 @@ _MEMORY = 0.85  # what an older guess weighs against the next one
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 256  # steps without a draft until one is tried again
 _TRIAL = 2  # its depth
 _MEASURE_AGAIN = 64  # forwards with drafts until a plain one is measured again
+_GUESS_AT_MOST = 4  # the same where that batch was never measured, but others were
 
 
 class Drafter(Protocol):
@@ -96,6 +97,10 @@ class Speculation:
     ) -> list[Part]:
         """The parts, some with a draft. budget: of their tokens; room: the depth that fits."""
         ready = [p for p in parts if p.sequence.pending == 1 and p.sequence.output.token_ids]
+        # A prompt in the forward hides what the rest of it costs: no use to measure then.
+        measurable = self._adaptive and len(ready) == len(parts)
+        if not ready or (measurable and self._costs.wants_plain(len(ready))):
+            return list(parts)
         depths = self._depths([p.sequence for p in ready], budget, room)
         if not depths:
             return list(parts)
@@ -130,8 +135,6 @@ class Speculation:
         depths: dict[Sequence, int] = {}
         batch = tokens = expected = len(ready)
         deepest = 0
-        if self._adaptive and self._costs.wants_plain(batch):
-            return depths
         for sequence in sorted(ready, key=lambda s: -self._pace(s).rate):
             pace, depth = self._pace(sequence), room(sequence, self._drafter.depth)
             while depth > 0 and self._drafter.nodes(depth) > budget:
@@ -217,17 +220,21 @@ class _Costs:
         self._drafting.append(seconds / depth)
 
     def wants_plain(self, batch: int) -> bool:
-        """Whether it is unknown, or forgotten, what a batch costs without drafts."""
-        return batch not in self._plain or self._since[batch] >= _MEASURE_AGAIN
+        """Whether it is time to measure what a batch costs without drafts."""
+        patience = _MEASURE_AGAIN if batch in self._plain else _GUESS_AT_MOST
+        return not self._plain or self._since.get(batch, 0) >= patience
 
     def seconds(self, batch: int, tokens: np.ndarray, depths: np.ndarray) -> np.ndarray:
         """Of forwards of so many tokens, and of drafts so deep; between measured ones on a line.
 
-        More tokens than were ever measured are taken to cost no more: a reason to try them.
+        More tokens than were ever measured are taken to cost no more: a reason to try them. Where
+        nothing was measured, all cost the same.
         """
         if batch not in self._lines:
-            counts = [batch, *sorted(n for n in self._verify if n > batch)]
-            measured = [self._plain[batch], *(self._verify[n] for n in counts[1:])]
-            self._lines[batch] = counts, [median(seconds) for seconds in measured]
+            plain = {b: median(self._plain[b]) for b in sorted(self._plain)} or {batch: 1.0}
+            points = {batch: float(np.interp(batch, list(plain), list(plain.values())))}
+            if self._plain:
+                points |= {n: median(self._verify[n]) for n in sorted(self._verify) if n > batch}
+            self._lines[batch] = list(points), list(points.values())
         drafting = median(self._drafting) if self._drafting else 0.0
         return np.interp(tokens, *self._lines[batch]) + depths * drafting
