@@ -7,7 +7,7 @@ weights will do): out of one, every guess of a prompt lookup is right; out of ma
 "all" is the whole vocabulary, where nothing ever matches. A draft model guesses the answers of
 the whole vocabulary, greedily and sampled at temperature 1; without --draft the artifact is its
 own, which shows how often guesses are right, not a gain. With and without take turns, and give the
-same tokens but for near ties (speculation.py). The last line is JSON.
+same tokens but for near ties (phi3c/engine/speculation.py). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--reproducible", action="store_true", help="in both, see Engine")
     args = parser.parse_args()
     model = phi3c.load(args.artifact, threads=args.threads)
     draft = phi3c.load(args.draft, threads=args.threads) if args.draft else model
@@ -126,7 +127,13 @@ def run(
     args: argparse.Namespace,
 ) -> Run:
     room = args.batch * (-(-(args.context + args.tokens) // 16) + 1) * 16
-    engine = Engine(model, max_total_seq_len=room, prefix_cache=False, speculation=options)
+    engine = Engine(
+        model,
+        max_total_seq_len=room,
+        prefix_cache=False,
+        speculation=options,
+        reproducible=args.reproducible,
+    )
     rng = np.random.default_rng(seed)
     handles = []
     for i in range(args.batch):

@@ -41,7 +41,6 @@ class Scripted:
     branches: int = 1
     always_right: bool = False
     adaptive: bool = False
-    reproducible: bool = False
     made: list[Draft] = field(default_factory=list)
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -292,11 +291,16 @@ def test_reproducible_logits_have_the_same_bits_in_any_company(rounded, monkeypa
     monkeypatch.setattr(Sequence, "sample", sample_and_note)
     params = dict(temperature=2.0, logit_bias=dict.fromkeys(range(20, 30), 80.0))
 
-    def noted(count: int, pages: int, **options) -> dict[int, list[int]]:
+    def noted(
+        count: int, pages: int, speculation: PromptLookup | None, reproducible: bool = True
+    ) -> dict[int, list[int]]:
         bits.clear()
-        lookup = PromptLookup(shortest=1, **options)
         engine = Engine(
-            rounded, max_total_seq_len=pages * 16, speculation=lookup, prefix_cache=False
+            rounded,
+            max_total_seq_len=pages * 16,
+            prefix_cache=pages == 13,
+            speculation=speculation,
+            reproducible=reproducible,
         )
         for i in range(count):
             engine.submit(request(random_ids(20, seed=i), 60, params=params | dict(seed=i)))
@@ -304,17 +308,17 @@ def test_reproducible_logits_have_the_same_bits_in_any_company(rounded, monkeypa
         assert pages == 40 or engine.metrics().preemptions > 0
         return bits.copy()
 
-    together = noted(8, 40, reproducible=True)
-    assert noted(8, 13, reproducible=True) == together
-    assert noted(8, 40, reproducible=True, adaptive=False) == together
-    assert noted(3, 40, reproducible=True) == {i: together[i] for i in (1, 2, 3)}
-    assert noted(8, 40) != noted(8, 40, adaptive=False)
+    adaptive, eager = PromptLookup(shortest=1), PromptLookup(shortest=1, adaptive=False)
+    expected = noted(8, 40, None)
+    assert noted(8, 40, adaptive) == noted(8, 40, eager) == expected
+    assert noted(8, 13, adaptive) == noted(8, 13, None) == expected
+    assert noted(3, 40, eager) == {i: expected[i] for i in (1, 2, 3)}
+    assert noted(8, 40, eager, reproducible=False) != expected
 
 
 def test_reproducible_prompts_of_one_token_at_a_time(plain):
     """Steps in which every part is a token, and some of them are not the last of a prompt."""
-    options = PromptLookup(shortest=1, reproducible=True)
-    engine = Engine(plain, speculation=options, prefix_cache=False)
+    engine = Engine(plain, reproducible=True, prefix_cache=False)
     handles = [engine.submit(request(random_ids(25, seed=i), 9)) for i in range(4)]
     run_all(engine)
     for i, handle in enumerate(handles):

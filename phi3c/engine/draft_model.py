@@ -29,14 +29,13 @@ __all__ = ["DraftModel"]
 
 @dataclass(frozen=True)
 class DraftModel:
-    """depth: tokens in a chain; width: guesses at each of them. adaptive, reproducible: as
-    `SpeculationOptions` has them."""
+    """depth: tokens in a chain; width: guesses at each of them. adaptive: shorter drafts, or none,
+    where they do not pay."""
 
     model: CompiledPhi3
     depth: int = 5
     width: int = 1
     adaptive: bool = True
-    reproducible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "width"):

@@ -33,10 +33,14 @@ class Engine:
         page_size: int = 16,
         prefix_cache: bool = True,
         speculation: SpeculationOptions | None = None,
+        reproducible: bool = False,
     ) -> None:
         """tokenizer: of the artifact by default, if it has one. max_total_seq_len: tokens of KV
         pages, by default what `create_paged_kv_cache` makes. speculation: PromptLookup or
-        DraftModel; the tokens are the same with and without. Raises OutOfMemoryError, InputError.
+        DraftModel; the tokens are the same with and without, but for near ties (speculation.py).
+        reproducible: for these too, and whatever is preempted or found in the prefix cache: logits
+        have the same bits with and without chains of drafts, decoding is somewhat slower.
+        Raises OutOfMemoryError, InputError.
         """
         if tokenizer is None and (model.artifact.path / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_folder(model.artifact.path)
@@ -44,6 +48,7 @@ class Engine:
         self.tokenizer = tokenizer
         room = {} if max_total_seq_len is None else {"max_total_seq_len": max_total_seq_len}
         self._cache = model.create_paged_kv_cache(page_size=page_size, **room)
+        self._reproducible = reproducible
         self._prefixes = PrefixCache(self._cache) if prefix_cache else None
         self._scheduler = Scheduler(
             self._cache, self._prefixes, model.config, model.manifest.limits
@@ -51,7 +56,7 @@ class Engine:
         self._speculation = None
         if speculation is not None:
             drafter = speculation.start(model, self._cache.num_pages * page_size)
-            self._speculation = Speculation(speculation, drafter)
+            self._speculation = Speculation(drafter, speculation.adaptive)
         self._submitted: dict[Handle, float] = {}  # → when; until it is done
         self._next_id = self._arrivals = 0
         self._metrics = Metrics()
@@ -156,8 +161,7 @@ class Engine:
     def _forward(self, parts: list[Part]) -> np.ndarray:
         embed = self.model.embed([token for part in parts for token in part.tokens])
         single = all(part.size == 1 for part in parts)
-        uniform = self._speculation is not None and self._speculation.reproducible
-        if any(part.draft for part in parts) or (single and uniform):
+        if any(part.draft for part in parts) or (single and self._reproducible):
             return self._verify(parts, embed)
         if single:
             run = self.model.decode if len(parts) == 1 else self.model.batch_decode
@@ -171,7 +175,8 @@ class Engine:
         return logits.numpy().reshape(some.size, -1)[: asked.size]
 
     def _verify(self, parts: list[Part], embed: Tensor) -> np.ndarray:
-        """A forward with drafts. The head is left out for tokens of a prompt, as it is large."""
+        """A forward for logits of several tokens of a sequence. The large head is left out for
+        those of a prompt."""
         if all(part.count == 1 and part.complete for part in parts):
             logits, _ = self.model.batch_verify(embed, self._cache)
             return logits.numpy().reshape(sum(part.size for part in parts), -1)

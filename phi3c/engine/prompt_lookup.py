@@ -28,7 +28,7 @@ _TRIES = 4  # places looked at for each branch, as most of them go on alike
 @dataclass(frozen=True)
 class PromptLookup:
     """tokens: in a chain; shortest, longest: tokens that must match; branches: different chains in
-    a draft. adaptive, reproducible: as `SpeculationOptions` has them.
+    a draft. adaptive: shorter drafts, or none, where they do not pay.
     """
 
     tokens: int = 8
@@ -36,7 +36,6 @@ class PromptLookup:
     shortest: int = 2
     branches: int = 1
     adaptive: bool = True
-    reproducible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "longest", "shortest", "branches"):

@@ -14,8 +14,8 @@ the tokens are not only distributed as without speculation, they are equal.
 
 Equal up to rounding: the attention of one new token and that of several add in different orders
 (1e-7 of the logits' scale). Where activations are rounded to int8, that can flip a rounding (1e-2),
-and two tokens of nearly the same score may change places. With `reproducible` every step of the
-engine takes the attention of several, which gives a row of a chain the same bits in any company.
+and two tokens of nearly the same score may change places. A `reproducible` engine takes the
+attention of several in every step, which gives a row of a chain the same bits in any company.
 
 A draft model draws its guesses with those same random numbers, from its own probabilities q. Then
 they agree with t with a probability of at least (1 − d)/(1 + d), d being the total variation
@@ -71,12 +71,10 @@ class Drafter(Protocol):
 class SpeculationOptions(Protocol):
     """What `Engine(speculation=…)` takes: PromptLookup, DraftModel.
 
-    adaptive: shorter drafts, or none, where they do not pay. reproducible: a seed gives the same
-    tokens whatever is drafted, up to the last bit of a logit; decoding without drafts is slower.
+    adaptive: shorter drafts, or none, where they do not pay.
     """
 
     adaptive: bool
-    reproducible: bool
 
     def start(self, model: CompiledPhi3, cache_tokens: int) -> Drafter:
         """A drafter for one engine on `model`, with room for its sequences."""
@@ -85,10 +83,9 @@ class SpeculationOptions(Protocol):
 class Speculation:
     """Of one engine: adds drafts to the parts of a forward, and learns what they were worth."""
 
-    def __init__(self, options: SpeculationOptions, drafter: Drafter) -> None:
-        self.reproducible = options.reproducible
+    def __init__(self, drafter: Drafter, adaptive: bool) -> None:
         self._drafter = drafter
-        self._adaptive = options.adaptive
+        self._adaptive = adaptive
         self._costs = _Costs()
         self._paces: WeakKeyDictionary[Sequence, Pace] = WeakKeyDictionary()
 
