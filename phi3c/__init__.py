@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .config import Phi3Config as Phi3Config
     from .converter import convert as convert
+    from .engine.draft_model import DraftModel as DraftModel
     from .engine.engine import Engine as Engine
+    from .engine.prompt_lookup import PromptLookup as PromptLookup
     from .engine.request import Request as Request
     from .engine.sampler import SamplingParams as SamplingParams
     from .runtime.compiled import CompiledPhi3 as CompiledPhi3
@@ -27,7 +29,9 @@ _HOME = {
     "compile": ".compiler",
     "convert": ".converter",
     "Phi3Config": ".config",
+    "DraftModel": ".engine.draft_model",
     "Engine": ".engine.engine",
+    "PromptLookup": ".engine.prompt_lookup",
     "Request": ".engine.request",
     "SamplingParams": ".engine.sampler",
     "CompiledPhi3": ".runtime.compiled",

@@ -176,7 +176,7 @@ def test_streams_and_unseeded_samplers_differ() -> None:
     assert tokens(Sampler(SamplingParams())) != tokens(Sampler(SamplingParams()))
 
 
-def test_one_random_number_per_token_whatever_the_filters_leave() -> None:
+def test_the_random_numbers_of_a_position_do_not_depend_on_those_before() -> None:
     """A row that leaves a single token must not shift the tokens after it."""
     peaked = np.array([0, 100, 0], dtype=np.float32)
     flat = [random_logits(i) for i in range(10)]
@@ -184,6 +184,20 @@ def test_one_random_number_per_token_whatever_the_filters_leave() -> None:
     one, two = Sampler(params), Sampler(params)
     one.sample(peaked), two.sample(flat[0])
     assert [one.sample(row) for row in flat] == [two.sample(row) for row in flat]
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=str)
+def test_the_likeliest_begin_with_what_is_sampled_then(params: SamplingParams) -> None:
+    rows = [random_logits(i) for i in range(6)]
+    sampler = Sampler(SamplingParams(**{**vars(params), "seed": 4}))
+    guesses = [sampler.likeliest(row, 5, ahead) for ahead, row in enumerate(rows)]
+    assert [guess[0] for guess in guesses] == [sampler.sample(row) for row in rows]
+    for guess, row in zip(guesses, rows, strict=True):
+        possible = np.flatnonzero(fast_distribution(row, params))
+        assert len(set(guess)) == len(guess) == min(5, possible.size)
+        assert set(guess) <= set(possible.tolist())
+    greedy = Sampler(SamplingParams(temperature=0))
+    assert greedy.likeliest(np.array([1, 5, -np.inf, 5, 2]), 9) == [1, 3, 4, 0]
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
+from tvm.runtime import Tensor
 
 from phi3c.engine.metrics import Metrics
 from phi3c.engine.prefix_cache import PrefixCache
 from phi3c.engine.request import Handle, Output, Piece, Request, prompt_tokens
 from phi3c.engine.scheduler import Part, Scheduler
 from phi3c.engine.sequence import Sequence
+from phi3c.engine.speculation import Speculation, SpeculationOptions
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import CacheFullError, ContextLengthError, InputError
 from phi3c.runtime.compiled import CompiledPhi3
@@ -30,9 +32,15 @@ class Engine:
         max_total_seq_len: int | None = None,
         page_size: int = 16,
         prefix_cache: bool = True,
+        speculation: SpeculationOptions | None = None,
+        reproducible: bool = False,
     ) -> None:
         """tokenizer: of the artifact by default, if it has one. max_total_seq_len: tokens of KV
-        pages, by default what `create_paged_kv_cache` makes. Raises OutOfMemoryError.
+        pages, by default what `create_paged_kv_cache` makes. speculation: PromptLookup or
+        DraftModel; the tokens are the same with and without, but for near ties (speculation.py).
+        reproducible: for these too, and whatever is preempted or found in the prefix cache: logits
+        have the same bits with and without chains of drafts, decoding is somewhat slower.
+        Raises OutOfMemoryError, InputError.
         """
         if tokenizer is None and (model.artifact.path / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_folder(model.artifact.path)
@@ -40,10 +48,15 @@ class Engine:
         self.tokenizer = tokenizer
         room = {} if max_total_seq_len is None else {"max_total_seq_len": max_total_seq_len}
         self._cache = model.create_paged_kv_cache(page_size=page_size, **room)
+        self._reproducible = reproducible
         self._prefixes = PrefixCache(self._cache) if prefix_cache else None
         self._scheduler = Scheduler(
             self._cache, self._prefixes, model.config, model.manifest.limits
         )
+        self._speculation = None
+        if speculation is not None:
+            drafter = speculation.start(model, self._cache.num_pages * page_size)
+            self._speculation = Speculation(drafter, speculation.adaptive)
         self._submitted: dict[Handle, float] = {}  # → when; until it is done
         self._next_id = self._arrivals = 0
         self._metrics = Metrics()
@@ -70,14 +83,10 @@ class Engine:
         parts = self._scheduler.plan()
         if not parts:
             return []
-        parts, logits = self._run(parts)
-        sampled = [part.sequence for part in parts if part.complete]
+        parts, logits = self._run(self._with_drafts(parts))
+        complete = [part for part in parts if part.complete]
         self._scheduler.ran(parts)
-        for sequence, row in zip(list(sampled), logits, strict=True):
-            forks = self._forks(sequence)
-            sampled += forks
-            for each in (sequence, *forks):
-                self._sample(each, row)
+        sampled = self._advance(complete, logits)
         done = self._collect(sampled)
         self._metrics.steps += 1
         self._metrics.step_seconds += time.perf_counter() - start
@@ -119,18 +128,31 @@ class Engine:
 
     # A step
 
+    def _with_drafts(self, parts: list[Part]) -> list[Part]:
+        if self._speculation is None:
+            return parts
+        budget, room = self._scheduler.draft_budget(parts), self._scheduler.draft_room
+        return self._speculation.add_drafts(parts, budget, room)
+
     def _run(self, parts: list[Part]) -> tuple[list[Part], np.ndarray]:
-        """The forward of as many parts as have room; logits `[complete parts, vocab]`."""
+        """The forward of as many parts as have room; logits `[m, vocab]` of each complete part's
+        last token and of its draft's tokens."""
         while parts:
-            counts = [part.count for part in parts]
+            counts = [part.size for part in parts]
+            parents = None
+            if any(part.draft for part in parts):
+                parents = [parent for part in parts for parent in part.parents]
             try:
-                with self._cache.forward([part.sequence.id for part in parts], counts):
+                with self._cache.forward([part.sequence.id for part in parts], counts, parents):
                     start = time.perf_counter()
                     logits = self._forward(parts)
             except CacheFullError:
                 parts = self._scheduler.retreat(parts)
                 continue
-            self._metrics.model_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            if self._speculation is not None:
+                self._speculation.ran(parts, seconds)
+            self._metrics.model_seconds += seconds
             self._metrics.computed_tokens += sum(counts)
             self._metrics.sequence_steps += len(parts)
             return parts, logits
@@ -138,7 +160,10 @@ class Engine:
 
     def _forward(self, parts: list[Part]) -> np.ndarray:
         embed = self.model.embed([token for part in parts for token in part.tokens])
-        if all(p.count == 1 for p in parts):
+        single = all(part.size == 1 for part in parts)
+        if any(part.draft for part in parts) or (single and self._reproducible):
+            return self._verify(parts, embed)
+        if single:
             run = self.model.decode if len(parts) == 1 else self.model.batch_decode
             logits, _ = run(embed, self._cache)
             logits = logits.numpy().reshape(len(parts), -1)
@@ -148,6 +173,54 @@ class Engine:
         some = asked if asked.size else ends[-1:]  # the function wants a row
         logits, _ = self.model.batch_prefill(embed, some, self._cache)
         return logits.numpy().reshape(some.size, -1)[: asked.size]
+
+    def _verify(self, parts: list[Part], embed: Tensor) -> np.ndarray:
+        """A forward for logits of several tokens of a sequence. The large head is left out for
+        those of a prompt."""
+        if all(part.count == 1 and part.complete for part in parts):
+            logits, _ = self.model.batch_verify(embed, self._cache)
+            return logits.numpy().reshape(sum(part.size for part in parts), -1)
+        hidden, _ = self.model.batch_verify_to_last_hidden_states(embed, self._cache)
+        asked: list[int] = []
+        start = 0
+        for part in parts:
+            if part.complete:
+                asked += range(start + part.count - 1, start + part.size)
+            start += part.size
+        rows = hidden.numpy()[:, asked or [0]]  # the function wants one
+        return self.model.get_logits(rows).numpy().reshape(rows.shape[1], -1)[: len(asked)]
+
+    def _advance(self, parts: list[Part], logits: np.ndarray) -> list[Sequence]:
+        """Sample what a forward gave logits for; the sequences that have new tokens."""
+        sampled = []
+        nodes = {part: -1 for part in parts if part.draft}  # → the last right one of the draft
+        try:
+            for part in parts:
+                rows, logits = logits[: 1 + len(part.draft)], logits[1 + len(part.draft) :]
+                forks = self._forks(part.sequence)
+                for sequence in (part.sequence, *forks):
+                    self._sample(sequence, rows[0])
+                    sampled.append(sequence)
+                if part.draft:
+                    self._descend(part, rows[1:], nodes)
+        finally:
+            self._scheduler.accept(nodes)
+        return sampled
+
+    def _descend(self, part: Part, logits: np.ndarray, nodes: dict[Part, int]) -> None:
+        """Sample on as long as the last token is in the draft, whose logits these are, `[m, vocab]`
+        (speculation.py says why that is exact)."""
+        sequence, node = part.sequence, -1
+        while not sequence.finished and sequence.handle.error is None:
+            node = part.draft.child(node, sequence.tokens[-1])
+            if node is None:
+                break
+            nodes[part] = node
+            self._sample(sequence, logits[node])
+        depth = part.draft.depth(nodes[part])
+        self._speculation.accepted(part, depth)
+        self._metrics.drafted_tokens += len(part.draft)
+        self._metrics.accepted_tokens += depth
 
     def _sample(self, sequence: Sequence, logits: np.ndarray) -> None:
         handle = sequence.handle
@@ -175,7 +248,7 @@ class Engine:
         """Give back what finished sequences hold; the requests that are done now."""
         for sequence in sampled:
             if sequence.finished:
-                self._scheduler.remove(sequence)
+                self._remove(sequence)
         done = []
         for handle in dict.fromkeys(sequence.handle for sequence in sampled):
             if handle.error is not None:
@@ -253,7 +326,12 @@ class Engine:
     def _end(self, handle: Handle, reason: str) -> None:
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             if sequence.handle is handle:
-                self._scheduler.remove(sequence, keep_prefix=handle.error is None)
+                self._remove(sequence, keep_prefix=handle.error is None)
         for output in handle.outputs:
             output.finish_reason = output.finish_reason or reason
         del self._submitted[handle]
+
+    def _remove(self, sequence: Sequence, keep_prefix: bool = True) -> None:
+        self._scheduler.remove(sequence, keep_prefix)
+        if self._speculation is not None:
+            self._speculation.forget(sequence)

@@ -12,8 +12,9 @@ class Metrics:
     """Sums since the engine was made; seconds are of the wall clock.
 
     computed_tokens: through the model, recomputed ones included; cached_tokens: found as a prefix
-    instead. sequence_steps: sequences of all steps (÷ steps: the mean batch). first_token_seconds:
-    from submission, of first_tokens requests; step_seconds, of which model_seconds in the model.
+    instead; drafted_tokens: computed as guesses, of which accepted_tokens were right.
+    sequence_steps: sequences of all steps (÷ steps: the mean batch). first_token_seconds: from
+    submission, of first_tokens requests; step_seconds, of which model_seconds in the model.
     """
 
     requests: int = 0
@@ -25,6 +26,8 @@ class Metrics:
     computed_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     first_tokens: int = 0
     first_token_seconds: float = 0.0

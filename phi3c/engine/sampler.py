@@ -1,9 +1,15 @@
 """From logits to a token: temperature, top-k, top-p and min-p, in the order of `generate`.
 
 `SamplingParams` is what a request asks for, `filtered_distribution` the exact distribution that it
-means for one row of logits, `Sampler` draws from it. A sampler owns its random stream and takes
-exactly one number per token from it, so a seed gives the same tokens whatever else is in the
-batch. Penalties and biases change the logits before (penalties.py).
+means for one row of logits, `Sampler` draws from it. Penalties and biases change the logits before
+(penalties.py).
+
+A draw is a race: every token of the vocabulary has an exponential random number, divided by its
+probability, and the least wins, which is each token with just its probability (the Gumbel-max
+trick, Maddison et al. 2014, without the logarithm). The numbers depend on the seed and on the
+position in the answer alone, so a seed gives the same tokens whatever else is in the batch; and who
+knows similar logits, as a draft model does, can say beforehand which tokens are likely to win
+(speculation.py).
 
 Ties: top-k keeps every token as large as the k-th (as transformers does); greedy and top-p prefer
 the lower token id.
@@ -94,19 +100,44 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, stream: int = 0) -> None:
         self.params = params
+        self._position = 0  # of the next token in the answer
         seeds = np.random.SeedSequence(params.seed, spawn_key=(stream,))
-        self._random = np.random.Generator(np.random.Philox(seeds))
+        self._key = seeds.generate_state(2, np.uint64)
 
     def sample(self, logits: np.ndarray) -> int:
         """The next token for `logits` [vocab]. RuntimeError if they hold NaN or +inf."""
+        [token_id] = self.likeliest(logits, 1)
+        self._position += 1
+        return token_id
+
+    def likeliest(self, logits: np.ndarray, count: int, ahead: int = 0) -> list[int]:
+        """The first `count` in the race for the token after `ahead` more, were these its logits.
+
+        The first of them is what `sample` takes. Fewer where fewer have a probability.
+        """
         if self.params.greedy:
-            return _argmax(_checked(logits))
+            logits = _checked(logits)
+            return [_argmax(logits)] if count == 1 else _least(-logits, count)
         ids, probs = filtered_distribution(logits, self.params)
-        cumulative = np.cumsum(probs)
-        # Below the total even where the product rounds up to it: the drawn token has weight.
-        total = cumulative[-1]
-        threshold = min(self._random.random() * total, np.nextafter(total, 0))
-        return int(ids[np.searchsorted(cumulative, threshold, side="right")])
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            times = self._numbers(self._position + ahead, logits.size)[ids] / probs
+        times[probs == 0] = np.inf
+        return ids[_least(times, count)].tolist()
+
+    def _numbers(self, position: int, vocab: int) -> np.ndarray:
+        """Exponential random numbers `[vocab]`, each position's from a stream of its own."""
+        counter = np.array([0, 0, 0, position], np.uint64)
+        stream = np.random.Philox(key=self._key, counter=counter)
+        return np.random.Generator(stream).standard_exponential(vocab)
+
+
+def _least(values: np.ndarray, count: int) -> list[int]:
+    """Indices of the least finite values, in order; the first of equals first."""
+    if count == 1:
+        return [int(values.argmin())]
+    count = min(count, int(np.isfinite(values).sum()))
+    some = np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
+    return some[np.argsort(values[some], kind="stable")][:count].tolist()
 
 
 def filtered_distribution(

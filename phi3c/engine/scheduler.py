@@ -10,11 +10,12 @@ where pages run out, the last in that order is sent back to wait and computed ag
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from phi3c.config import Phi3Config
+from phi3c.engine.draft import NO_DRAFT, Draft
 from phi3c.engine.prefix_cache import PrefixCache
 from phi3c.engine.sequence import Sequence
 from phi3c.manifest import Limits
@@ -25,15 +26,25 @@ __all__ = ["Part", "Scheduler"]
 
 @dataclass(frozen=True)
 class Part:
-    """The next `count` tokens of a sequence."""
+    """The next `count` tokens of a sequence, and a draft of what may come after them."""
 
     sequence: Sequence
     count: int
+    draft: Draft = NO_DRAFT
+
+    @property
+    def size(self) -> int:
+        return self.count + len(self.draft)
 
     @property
     def tokens(self) -> list[int]:
         start = self.sequence.computed
-        return self.sequence.tokens[start : start + self.count]
+        return [*self.sequence.tokens[start : start + self.count], *self.draft.tokens]
+
+    @property
+    def parents(self) -> list[int]:
+        """For each token the one before it, as `PagedKVCache.begin_forward` has it."""
+        return [*range(-1, self.count - 1), *(self.count + p for p in self.draft.parents)]
 
     @property
     def complete(self) -> bool:
@@ -83,9 +94,12 @@ class Scheduler:
         return parts
 
     def retreat(self, parts: Seq[Part]) -> list[Part]:
-        """Make room where a forward found too few pages: idle prefixes first, then a sequence."""
+        """Make room where a forward found too few pages: idle prefixes first, then drafts, then a
+        sequence."""
         if self._prefixes is not None and self._prefixes.evict(len(parts)):
             return list(parts)
+        if any(part.draft for part in parts):
+            return [replace(part, draft=NO_DRAFT) for part in parts]
         assert len(self.running) > 1, "a request that can never fit was not refused"
         victim = max(self.running, key=lambda s: s.order)
         self.preempt(victim)
@@ -96,6 +110,28 @@ class Scheduler:
         for part in parts:
             part.sequence.computed += part.count
             part.sequence.served = self._step
+
+    def accept(self, nodes: Mapping[Part, int]) -> None:
+        """Keep, of each part's draft, the path to a node (−1: none of it)."""
+        if nodes:
+            ids = [part.sequence.id for part in nodes]
+            leaves = [part.count + node for part, node in nodes.items()]
+            self._cache.commit_accepted_token_tree_nodes(ids, leaves)
+        for part, node in nodes.items():
+            part.sequence.computed += part.draft.depth(node)
+
+    def draft_budget(self, parts: Iterable[Part]) -> int:
+        """Tokens of a forward that these parts leave."""
+        return self._limits.prefill_chunk_size - sum(part.size for part in parts)
+
+    def draft_room(self, sequence: Sequence, depth: int) -> int:
+        """How deep a draft may go, at most `depth`: short of the answer's last token, which is
+        never computed, and with short factors to the end of the original context."""
+        depth = min(depth, sequence.left - 1)
+        if not sequence.long_factors:
+            while depth > 0 and self._config.needs_long_factors(len(sequence.tokens) + depth):
+                depth -= 1
+        return depth
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """A new sequence that begins as all the tokens of `parent` in the cache, or waits."""

@@ -64,8 +64,20 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self._max_tokens - len(self.output.token_ids)
+
+    @property
     def finished(self) -> bool:
         return self.output.finish_reason is not None
+
+    def likeliest(self, logits: np.ndarray, count: int, ahead: int) -> list[int]:
+        """Guesses at the token after `ahead` more, from a draft model's logits `[vocab]`.
+
+        Penalties are those of now. RuntimeError if the logits hold NaN or +inf.
+        """
+        return self._sampler.likeliest(self._penalties.apply(logits), count, ahead)
 
     def sample(self, logits: np.ndarray) -> None:
         """Take the next token from logits `[vocab]`. RuntimeError if they hold NaN or +inf."""
