@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import Phi3Config as Phi3Config
     from .converter import convert as convert
     from .engine.engine import Engine as Engine
+    from .engine.grammar import Grammar as Grammar
     from .engine.request import Request as Request
     from .engine.sampler import SamplingParams as SamplingParams
     from .runtime.compiled import CompiledPhi3 as CompiledPhi3
@@ -28,6 +29,7 @@ _HOME = {
     "convert": ".converter",
     "Phi3Config": ".config",
     "Engine": ".engine.engine",
+    "Grammar": ".engine.grammar",
     "Request": ".engine.request",
     "SamplingParams": ".engine.sampler",
     "CompiledPhi3": ".runtime.compiled",
