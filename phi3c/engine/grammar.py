@@ -76,8 +76,8 @@ class Grammar:
 
     @classmethod
     def regex(cls, expression: str) -> Grammar:
-        """The whole answer matches. `.` is any character, a new line too; no look-around, no
-        back-references."""
+        """The whole answer matches. As Python's with re.ASCII and re.DOTALL: `.` is a new line too,
+        and `\\w` is ASCII's. No look-around, back-references or flags."""
         return cls("regex", (expression,))
 
     @classmethod

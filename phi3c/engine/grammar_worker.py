@@ -88,7 +88,8 @@ def _check_warnings(printed: Any) -> None:
     printed.seek(0)
     printed.truncate()
     if "Warning:" in text:
-        raise _Refused(f"found what cannot be enforced: {text.split('Warning:')[1].strip()}")
+        reason = _reason(text.split("Warning:")[1])
+        raise _Refused(f"found what cannot be enforced: {reason}; accepted: what xgrammar can")
 
 
 def _probe(compiled: Any, vocab_size: int, token_seconds: float) -> None:
@@ -126,10 +127,10 @@ def _limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, mapped + more))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception | str) -> str:
     """xgrammar's message without the time and the place in its source in front of it."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    reason = lines[-1] if lines else type(error).__name__
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
     head, _, tail = reason.partition(": ")
     return (tail if head.startswith("[") and tail else reason).strip().rstrip(".")
 
