@@ -22,7 +22,7 @@ from phi3c.engine.engine import Engine
 from phi3c.engine.grammar import Grammar, GrammarLimits, grammar_from_options
 from phi3c.engine.grammar_compiler import GrammarCompiler
 from phi3c.engine.grammar_state import CompiledGrammar, GrammarState
-from phi3c.engine.json_schema import check_json_schema
+from phi3c.engine.json_schema import enforceable_schema
 from phi3c.engine.request import Handle, Output, Request
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def follows_schema(text: str) -> bool:
     return (
         set(value) - {"tags"} == {"name", "age", "next"}
         and isinstance(value["name"], str)
-        and len(value["name"]) <= 12  # an escaped astral character is two
+        and len(value["name"]) <= 6
         and type(age) is int
         and 0 <= age <= 150
         and len(value.get("tags", [])) <= 3
@@ -347,21 +347,70 @@ def test_a_bad_grammar_is_refused_and_others_go_on(engine, name):
         ({"allOf": [{}, {}]}, "#/allOf: found 2 schemas; accepted: one"),
         ({"type": "object", "properties": {"a": {"contains": 1}}}, "#/properties/a: found contai"),
         ({"type": "object", "properties": []}, "#/properties: found list; accepted: named"),
+        ({"type": "string", "pattern": 'a"b'}, "#/pattern: found 'a\"b'; accepted: print"),
+        ({"type": "string", "pattern": "é."}, "#/pattern: found 'é.'"),
+        ({"type": "string", "pattern": r"\n"}, "#/pattern: found"),
+        ({"type": "string", "pattern": "a", "maxLength": 2}, "#: found maxLength beside pattern"),
+        ({"type": "string", "format": "date", "minLength": 2}, "found minLength beside format"),
+        ({"type": "string", "minLength": -1}, "#/minLength: found -1; accepted: an integer"),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, r"found 2; accepted: minLength \(3\)"),
         ({"anyOf": {}}, "#/anyOf: found dict; accepted: a list"),
         ({"type": []} | {"type": [1]}, r"#/type: found \[1\]"),
     ],
 )
 def test_what_xgrammar_passes_over_is_refused(schema, found):
     with pytest.raises(InputError, match=f"json_schema: .*{found}"):
-        check_json_schema(json.dumps(schema))
+        enforceable_schema(json.dumps(schema))
 
 
 def test_schemas_that_are_followed():
-    check_json_schema(json.dumps(SCHEMA))
-    check_json_schema("true")
-    check_json_schema('{"type": ["integer", "string"], "minimum": 1, "maxLength": 3, "title": "x"}')
-    check_json_schema('{"type": "integer", "enum": [1, 2.0], "default": 1, "uniqueItems": false}')
-    check_json_schema('{"properties": {}, "type": "object", "additionalProperties": false}')
+    enforceable_schema(json.dumps(SCHEMA))
+    enforceable_schema("true")
+    enforceable_schema(
+        '{"type": ["integer", "string"], "minimum": 1, "maxLength": 3, "title": "x"}'
+    )
+    enforceable_schema('{"type": "integer", "enum": [1, 2.0], "default": 1, "uniqueItems": false}')
+    enforceable_schema('{"properties": {}, "type": "object", "additionalProperties": false}')
+
+
+STRINGS = [
+    *({"format": name} for name in ["email", "date", "time", "date-time", "duration", "hostname"]),
+    *(
+        {"format": name}
+        for name in ["ipv4", "ipv6", "uri", "uri-reference", "uri-template", "uuid"]
+    ),
+    *({"format": name} for name in ["json-pointer", "relative-json-pointer", "unknown"]),
+    *({"pattern": text} for text in [".{1,3}", r"\W\S\D", "[^a]+", r"a\.[b-d]\$", "é|[à-ü]{2}"]),
+    *({"minLength": least} for least in [0, 1, 5]),
+    {"minLength": 2, "maxLength": 3},
+    {},
+]
+
+
+@pytest.mark.parametrize("keywords", STRINGS, ids=str)
+def test_every_string_is_one_in_json(compiler, tokenizer, keywords):
+    schema = {"type": "array", "items": {"type": "string"} | keywords}
+    compiled = compiler.compile(Grammar.json_schema(schema))
+    for seed in range(40):
+        random, state, text = np.random.default_rng(seed), compiled.start(), b""
+        for at in range(80):
+            allowed = np.isfinite(state.mask(np.zeros(VOCAB, np.float32)))
+            tokens = np.flatnonzero(allowed)
+            closing = [t for t in tokens if tokenizer.token_bytes(t)[:1] in (b'"', b"]")]
+            end = [t for t in tokens if t in compiler._ends]
+            token = int(random.choice(end or (closing if at > 25 and closing else tokens)))
+            state.accept(token)
+            if end:
+                break
+            first = tokenizer.first_token_bytes(token)
+            text += tokenizer.token_bytes(token) if text else first
+        if not end:
+            continue
+        for string in json.loads(text.decode()):
+            if "pattern" in keywords:
+                assert re.search(keywords["pattern"], string)
+            least, most = keywords.get("minLength", 0), keywords.get("maxLength", 1000)
+            assert least <= len(string) <= most
 
 
 def test_what_is_no_grammar_is_refused():

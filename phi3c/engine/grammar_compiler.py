@@ -21,7 +21,7 @@ from typing import IO, Any
 from phi3c.engine.chat_template import one_line
 from phi3c.engine.grammar import Grammar, GrammarLimits
 from phi3c.engine.grammar_state import CompiledGrammar
-from phi3c.engine.json_schema import check_json_schema
+from phi3c.engine.json_schema import enforceable_schema
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import InputError
 
@@ -60,12 +60,13 @@ class GrammarCompiler:
         grammar.check(self._limits)
         if (compiled := self._cached(grammar)) is not None:
             return compiled
+        texts = grammar.texts
         if grammar.kind == "json_schema":
-            check_json_schema(grammar.texts[0])
+            texts = (enforceable_schema(texts[0]),)
         with self._compile_lock:
             compiled = self._cached(grammar)  # it may have come while this call waited
             if compiled is None:
-                compiled = self._compile(grammar)
+                compiled = self._compile(grammar.kind, texts)
                 self._keep(grammar, compiled)
         return compiled
 
@@ -88,7 +89,7 @@ class GrammarCompiler:
             while len(self._cache) > self._limits.cached or memory > self._limits.cached_bytes:
                 memory -= self._cache.popitem(last=False)[1].memory_bytes
 
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+    def _compile(self, kind: str, texts: tuple[str, ...]) -> CompiledGrammar:
         xgrammar = _import_xgrammar()
         if self._info is None:
             self._read_tokenizer(xgrammar)
@@ -99,13 +100,13 @@ class GrammarCompiler:
             self._stop()
             raise RuntimeError("the process that compiles grammars did not start")
         self._ready = True
-        answer, data = _ask(worker, {"kind": grammar.kind, "texts": grammar.texts})
+        answer, data = _ask(worker, {"kind": kind, "texts": texts})
         if answer is None:
             ended = self._stop()
             self._start()  # it imports xgrammar while nobody waits for it
-            raise InputError(f"{grammar.kind}: {self._why(ended)}")
+            raise InputError(f"{kind}: {self._why(ended)}")
         if "error" in answer:
-            raise InputError(f"{grammar.kind}: {answer['error']}")
+            raise InputError(f"{kind}: {answer['error']}")
         matches = xgrammar.CompiledGrammar.deserialize_json(data.decode(), self._info)
         return CompiledGrammar(matches, self._vocab_size, self._first, self._limits.token_seconds)
 

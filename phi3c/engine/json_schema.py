@@ -2,17 +2,20 @@
 
 It passes over keywords that it does not know how to enforce, without a word. An answer that breaks
 its schema is worse than a refusal, so those are refused here by name. What it warns about (oneOf of
-branches that overlap, pattern beside maxLength) is refused when it is compiled.
+branches that overlap) is refused when it is compiled. Where it lets through what is no JSON, the
+schema is said in other words: bounds of a string's length let in control characters (xgrammar
+0.2.8), the same bounds in a pattern do not; format "email" lets in escapes that JSON has not.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from phi3c.errors import InputError
 
-__all__ = ["check_json_schema"]
+__all__ = ["enforceable_schema"]
 
 _OF_TYPE = {
     "object": {"properties", "required", "additionalProperties", "patternProperties"}
@@ -45,18 +48,31 @@ _SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
-def check_json_schema(text: str) -> None:
-    """Raises InputError for what is no JSON schema, and for what would not be enforced."""
+# One character of a string, as JSON writes it without an escape.
+_CHARACTER = r'[^\u0000-\u001f"\\]'
+_EMAIL = r"^[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$"
+# Patterns that xgrammar turns into patterns of JSON: ASCII, without what JSON escapes. Others are
+# taken for JSON as they are, so they may name single characters only.
+_PATTERN = re.compile(
+    r"""([ !#-\[\]-~]|\\[dwsDWS^$.*+?()\[\]{}|/-])*|(?![^\0]*\[\^)[^\0-\x1f"\\.]*"""
+)
+
+
+def enforceable_schema(text: str) -> str:
+    """The schema as JSON, in words that xgrammar follows.
+
+    Raises InputError for what is no JSON schema, and for what would not be enforced.
+    """
     try:
         schema = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"json_schema: found no JSON ({error}); accepted: a schema") from None
-    _check(schema, "#")
+    return json.dumps(_enforceable(schema, "#"))
 
 
-def _check(schema: Any, place: str) -> None:
+def _enforceable(schema: Any, place: str) -> Any:
     if isinstance(schema, bool):
-        return
+        return schema
     if not isinstance(schema, dict):
         raise _refusal(place, type(schema).__name__, "an object, true or false")
     types = schema.get("type", [])
@@ -79,21 +95,63 @@ def _check(schema: Any, place: str) -> None:
         raise _refusal(f"{place}/$ref", repr(reference), "#, or #/$defs/ and a name")
     if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
         raise _refusal(f"{place}/allOf", f"{len(schema['allOf'])} schemas", "one")
-    for name in _SCHEMA:
-        if name in schema:
-            _check(schema[name], f"{place}/{name}")
-    for name in _SCHEMAS:
-        if name in schema:
-            if not isinstance(schema[name], list):
-                raise _refusal(f"{place}/{name}", type(schema[name]).__name__, "a list of schemas")
-            for at, inner in enumerate(schema[name]):
-                _check(inner, f"{place}/{name}/{at}")
-    for name in _NAMED:
-        if name in schema:
-            if not isinstance(schema[name], dict):
-                raise _refusal(f"{place}/{name}", type(schema[name]).__name__, "named schemas")
-            for key, inner in schema[name].items():
-                _check(inner, f"{place}/{name}/{key}")
+    return _strings(schema, place) | _inner(schema, place)
+
+
+def _inner(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """The keywords that hold schemas."""
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        at = f"{place}/{name}"
+        if name in _SCHEMA:
+            found[name] = _enforceable(value, at)
+        elif name in _SCHEMAS:
+            if not isinstance(value, list):
+                raise _refusal(at, type(value).__name__, "a list of schemas")
+            found[name] = [_enforceable(inner, f"{at}/{i}") for i, inner in enumerate(value)]
+        elif name in _NAMED:
+            if not isinstance(value, dict):
+                raise _refusal(at, type(value).__name__, "named schemas")
+            found[name] = {key: _enforceable(inner, f"{at}/{key}") for key, inner in value.items()}
+            if name == "patternProperties":
+                for pattern in value:
+                    _check_pattern(pattern, at)
+    return found
+
+
+def _strings(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """Length and email as patterns."""
+    if "pattern" in schema:
+        _check_pattern(schema["pattern"], f"{place}/pattern")
+    bounds = [name for name in ("minLength", "maxLength") if name in schema]
+    ways = [name for name in ("pattern", "format") if name in schema] + bounds[:1]
+    if len(ways) > 1:
+        raise _refusal(place, f"{ways[1]} beside {ways[0]}", "one of them")
+    if not bounds:
+        return _without_email(schema)
+    for name in bounds:
+        if type(schema[name]) is not int or schema[name] < 0:
+            raise _refusal(f"{place}/{name}", repr(schema[name]), "an integer of 0 or more")
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if most != "" and least > most:
+        raise _refusal(f"{place}/maxLength", str(most), f"minLength ({least}) or more")
+    rest = {name: value for name, value in schema.items() if name not in bounds}
+    return rest | {"pattern": f"^{_CHARACTER}{{{least},{most}}}$"}
+
+
+def _without_email(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("format") != "email":
+        return schema
+    return {name: value for name, value in schema.items() if name != "format"} | {"pattern": _EMAIL}
+
+
+def _check_pattern(pattern: Any, place: str) -> None:
+    if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern):
+        raise _refusal(
+            place,
+            repr(pattern)[:60],
+            "printable ASCII without quotes and escapes of characters, or plain letters",
+        )
 
 
 def _fits(name: str, schema: dict[str, Any], types: list[str]) -> bool:
