@@ -96,7 +96,7 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(build_model) -> phi3c.CompiledPhi3:
     options = dict(max_batch_size=4, prefill_chunk_size=24, context_length=250)
-    built = build_model("grammar", compile_options=options, vocab_size=VOCAB)
+    built = build_model("grammar", compile_options=options, vocab_size=VOCAB, eos_token_id=None)
     return phi3c.load(built.compiled.artifact.path, threads=1)
 
 
@@ -119,7 +119,7 @@ def toy(tmp_path_factory) -> phi3c.CompiledPhi3:
 
 def make_compiler(tokenizer: Tokenizer, **limits) -> GrammarCompiler:
     limits = GrammarLimits(**limits)
-    return GrammarCompiler(tokenizer, VOCAB, tokenizer.eos_token_ids | {2}, limits)
+    return GrammarCompiler(tokenizer, VOCAB, tokenizer.eos_token_ids, limits)
 
 
 def ask(grammar: Grammar | None, seed: int, prompt=(5, 6, 7), n: int = 1, **params) -> Request:
@@ -192,11 +192,10 @@ def test_the_toy_still_knows_its_answer(toy):
     for grammar in (
         Grammar.choice(["hello", "olleh", "ollex"]),
         Grammar.regex("[a-z]+"),
-        Grammar.json_schema({"enum": ["hello", "olleh"]}),
     ):
         handle = engine.submit(Request(messages, greedy, grammar=grammar))
         run_all(engine)
-        assert handle.outputs[0].text.strip('"') == "olleh"
+        assert handle.outputs[0].text == "olleh"
         assert handle.outputs[0].finish_reason == "stop"
 
 
@@ -298,7 +297,7 @@ BAD = {
     "no JSON": (Grammar.json_schema("{"), "json_schema: found no JSON"),
     "no schema": (Grammar.json_schema("[]"), "json_schema: #: found list; accepted: an object"),
     "type": (Grammar.json_schema({"type": "text"}), "#/type: found 'text'; accepted: object, arr"),
-    "deep": (Grammar.json_schema("[" * 100_000), "found a nesting 100000 deep; accepted: up to 64"),
+    "deep": (Grammar.json_schema("[" * 10_000), "found a nesting 10000 deep; accepted: up to 64"),
     "loop": (Grammar.json_schema({"$ref": "#"}), "json_schema: found a grammar that no text"),
     "endless": (
         Grammar.json_schema(
@@ -408,7 +407,7 @@ def test_every_string_is_one_in_json(compiler, tokenizer, keywords):
             continue
         for string in json.loads(text.decode()):
             if "pattern" in keywords:
-                assert re.search(keywords["pattern"], string)
+                assert re.search(keywords["pattern"], string, re.ASCII)
             least, most = keywords.get("minLength", 0), keywords.get("maxLength", 1000)
             assert least <= len(string) <= most
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 from phi3c.engine.chat_template import one_line
 from phi3c.engine.grammar import Grammar, GrammarLimits
 from phi3c.engine.grammar_state import CompiledGrammar
+from phi3c.engine.grammar_vocabulary import GrammarVocabulary
 from phi3c.engine.json_schema import enforceable_schema
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import InputError
@@ -48,8 +49,8 @@ class GrammarCompiler:
         self._cache_lock = threading.Lock()
         self._compile_lock = threading.Lock()
         self._info: Any = None
-        self._first: dict[int, bytes] = {}  # tokens with other bytes where they begin a text
-        self._vocabulary: IO[bytes] | None = None
+        self._vocabulary: GrammarVocabulary | None = None
+        self._vocabulary_file: IO[bytes] | None = None
         self._worker: subprocess.Popen | None = None
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
@@ -108,7 +109,7 @@ class GrammarCompiler:
         if "error" in answer:
             raise InputError(f"{kind}: {answer['error']}")
         matches = xgrammar.CompiledGrammar.deserialize_json(data.decode(), self._info)
-        return CompiledGrammar(matches, self._vocab_size, self._first, self._limits.token_seconds)
+        return CompiledGrammar(matches, self._vocabulary, self._limits.token_seconds)
 
     def _why(self, ended: int) -> str:
         """ended: the worker's exit status."""
@@ -125,11 +126,12 @@ class GrammarCompiler:
             b"" if token_id in self._ends else tokenizer.token_bytes(token_id)
             for token_id in range(self._vocab_size)
         ]
-        self._first = {
-            token_id: first
+        first = {
+            token_id: alone
             for token_id, piece in enumerate(pieces)
-            if piece.startswith(b" ") and (first := tokenizer.first_token_bytes(token_id)) != piece
+            if piece.startswith(b" ") and (alone := tokenizer.first_token_bytes(token_id)) != piece
         }
+        self._vocabulary = GrammarVocabulary(pieces, first)
         self._info = xgrammar.TokenizerInfo(
             pieces,
             xgrammar.VocabType.RAW,
@@ -137,14 +139,14 @@ class GrammarCompiler:
             stop_token_ids=self._ends,
         )
         # A file, as a pipe would keep the writer waiting until the worker has started.
-        self._vocabulary = tempfile.TemporaryFile()
-        self._vocabulary.write(self._info.serialize_json().encode())
-        self._vocabulary.flush()
+        self._vocabulary_file = tempfile.TemporaryFile()
+        self._vocabulary_file.write(self._info.serialize_json().encode())
+        self._vocabulary_file.flush()
 
     def _start(self) -> None:
         single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        vocabulary = self._vocabulary.fileno()
+        vocabulary = self._vocabulary_file.fileno()
         self._worker = subprocess.Popen(
             [sys.executable, "-m", "phi3c.engine.grammar_worker", str(vocabulary)]
             + [json.dumps(asdict(self._limits))],

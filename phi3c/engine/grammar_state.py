@@ -7,10 +7,11 @@ decoder drops the space in front of the first token, that token is matched witho
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from phi3c.engine.grammar_vocabulary import GrammarVocabulary
 
 __all__ = ["CompiledGrammar", "GrammarState"]
 
@@ -21,20 +22,18 @@ class CompiledGrammar:
     def __init__(
         self,
         matches: Any,
-        vocab_size: int,
-        first_bytes: Mapping[int, bytes],
+        vocabulary: GrammarVocabulary,
         token_seconds: float,
     ) -> None:
-        """matches: xgrammar's CompiledGrammar; first_bytes: of tokens that add other bytes to a
-        text that they begin; token_seconds: of processor time, that one token may take."""
+        """matches: xgrammar's CompiledGrammar; token_seconds: of processor time, that one token
+        may take."""
         from xgrammar import GrammarMatcher
 
         self.matcher = lambda: GrammarMatcher(matches)
-        self.vocab_size = vocab_size
-        self.first_bytes = first_bytes
+        self.vocabulary = vocabulary
         self.token_seconds = token_seconds
         self.memory_bytes = int(matches.memory_size_bytes)
-        self.first_allowed = self._first_allowed() if first_bytes else None
+        self.first_allowed = self._first_allowed() if vocabulary.first else None
 
     def start(self) -> GrammarState:
         """The state of an answer without tokens."""
@@ -43,12 +42,12 @@ class CompiledGrammar:
     def _first_allowed(self) -> np.ndarray:
         """Tokens that may come first, `[vocab]` bool."""
         matcher = self.matcher()
-        allowed = _allowed(matcher, self.vocab_size)
-        for token_id, piece in self.first_bytes.items():
+        allowed = _allowed(matcher, self.vocabulary.size)
+        for token_id, piece in self.vocabulary.first.items():
             allowed[token_id] = bool(piece) and matcher.accept_string(piece)
             if allowed[token_id]:
                 matcher.rollback(1)
-        return allowed
+        return allowed & ~self.vocabulary.broken_after(0)
 
 
 class GrammarState:
@@ -58,6 +57,7 @@ class GrammarState:
         self._grammar = grammar
         self._matcher = grammar.matcher()
         self._begun = False
+        self._last_byte = 0
         self._seconds = 0.0  # that this token has taken
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
@@ -69,7 +69,9 @@ class GrammarState:
         if not self._begun and self._grammar.first_allowed is not None:
             allowed = self._grammar.first_allowed
         else:
-            allowed = _allowed(self._matcher, self._grammar.vocab_size)
+            vocabulary = self._grammar.vocabulary
+            allowed = _allowed(self._matcher, vocabulary.size)
+            allowed &= ~vocabulary.broken_after(self._last_byte)
         self._seconds = time.thread_time() - start
         if not allowed.any():
             raise RuntimeError("grammar: no token can continue this answer")
@@ -79,12 +81,14 @@ class GrammarState:
     def accept(self, token_id: int) -> None:
         """The next token of the answer. RuntimeError if it does not match."""
         start = time.thread_time()
-        piece = None if self._begun else self._grammar.first_bytes.get(token_id)
+        vocabulary = self._grammar.vocabulary
+        piece = None if self._begun else vocabulary.first.get(token_id)
         if piece is None:
             accepted = self._matcher.accept_token(token_id)
         else:
             accepted = self._matcher.accept_string(piece)
         self._begun = True
+        self._last_byte = (vocabulary.pieces[token_id] or b"\0")[-1]
         self._seconds += time.thread_time() - start
         if not accepted:
             raise RuntimeError(f"grammar: token {token_id} does not continue this answer")

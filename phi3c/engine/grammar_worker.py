@@ -104,7 +104,7 @@ def _probe(compiled: Any, vocab_size: int, token_seconds: float) -> None:
         matcher.fill_next_token_bitmask(bits)
         allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
         if not allowed.size:
-            raise _Refused("found a grammar that no text of this tokenizer's tokens completes")
+            raise _Refused("found a grammar that no text completes; accepted: some text matches")
         allowed = [token for token in allowed.tolist() if token not in ends]
         if allowed:
             matcher.accept_token(allowed[random.integers(len(allowed))])

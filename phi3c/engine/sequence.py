@@ -87,7 +87,8 @@ class Sequence:
         stopped = token_id in self._eos_token_ids
         full = len(output.token_ids) == self._max_tokens
         if self._detokenizer is not None:
-            piece = self._detokenizer.add(token_id)
+            # What ends a grammar's answer is no part of it, even where it has a text.
+            piece = "" if stopped and self._grammar else self._detokenizer.add(token_id)
             if stopped or full:
                 piece += self._detokenizer.finish()
             stopped = stopped or self._detokenizer.stopped
