@@ -4,7 +4,7 @@ It passes over keywords that it does not know how to enforce, without a word. An
 its schema is worse than a refusal, so those are refused here by name. What it warns about (oneOf of
 branches that overlap) is refused when it is compiled. Where it lets through what is no JSON, the
 schema is said in other words: bounds of a string's length let in control characters (xgrammar
-0.2.8), the same bounds in a pattern do not; format "email" lets in escapes that JSON has not.
+0.2.8), the same bounds in a pattern do not, and so it is with some formats.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 # One character of a string, as JSON writes it without an escape.
 _CHARACTER = r'[^\u0000-\u001f"\\]'
-_EMAIL = r"^[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$"
+_POINTER = r"(/([ !#-.0-\[\]-}]|~[01])*)*"
+_FORMATS = {
+    "email": r"^[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$",
+    "json-pointer": f"^{_POINTER}$",
+    "relative-json-pointer": f"^(0|[1-9][0-9]*)(#|{_POINTER})$",
+}
 # Patterns that xgrammar turns into patterns of JSON: ASCII, without what JSON escapes. Others are
 # taken for JSON as they are, so they may name single characters only.
 _PATTERN = re.compile(
@@ -120,7 +125,7 @@ def _inner(schema: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _strings(schema: dict[str, Any], place: str) -> dict[str, Any]:
-    """Length and email as patterns."""
+    """Lengths, and some formats, as patterns."""
     if "pattern" in schema:
         _check_pattern(schema["pattern"], f"{place}/pattern")
     bounds = [name for name in ("minLength", "maxLength") if name in schema]
@@ -128,7 +133,7 @@ def _strings(schema: dict[str, Any], place: str) -> dict[str, Any]:
     if len(ways) > 1:
         raise _refusal(place, f"{ways[1]} beside {ways[0]}", "one of them")
     if not bounds:
-        return _without_email(schema)
+        return _with_own_format(schema)
     for name in bounds:
         if type(schema[name]) is not int or schema[name] < 0:
             raise _refusal(f"{place}/{name}", repr(schema[name]), "an integer of 0 or more")
@@ -139,10 +144,13 @@ def _strings(schema: dict[str, Any], place: str) -> dict[str, Any]:
     return rest | {"pattern": f"^{_CHARACTER}{{{least},{most}}}$"}
 
 
-def _without_email(schema: dict[str, Any]) -> dict[str, Any]:
-    if schema.get("format") != "email":
+def _with_own_format(schema: dict[str, Any]) -> dict[str, Any]:
+    pattern = _FORMATS.get(str(schema.get("format")))
+    if pattern is None:
         return schema
-    return {name: value for name, value in schema.items() if name != "format"} | {"pattern": _EMAIL}
+    return {name: value for name, value in schema.items() if name != "format"} | {
+        "pattern": pattern
+    }
 
 
 def _check_pattern(pattern: Any, place: str) -> None:
