@@ -8,7 +8,9 @@ import re
 import sys
 import time
 from pathlib import Path
+from random import Random
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -117,6 +119,11 @@ def toy(tmp_path_factory) -> phi3c.CompiledPhi3:
     return phi3c.load(folder, threads=1)
 
 
+@pytest.fixture(scope="module")
+def toy_tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(TOY)
+
+
 def make_compiler(tokenizer: Tokenizer, **limits) -> GrammarCompiler:
     limits = GrammarLimits(**limits)
     return GrammarCompiler(tokenizer, VOCAB, tokenizer.eos_token_ids, limits)
@@ -133,8 +140,7 @@ def run_all(engine: Engine) -> None:
         check_pages(engine)
 
 
-def alone(model, tokenizer, request: Request) -> list[int]:
-    engine = Engine(model, tokenizer)
+def alone(engine: Engine, request: Request) -> list[int]:
     handle = engine.submit(request)
     run_all(engine)
     return handle.outputs[0].token_ids
@@ -210,10 +216,11 @@ def test_a_mixed_batch_is_as_if_each_were_alone(model, tokenizer, pages):
         )
     ]
     handles = [engine.submit(request) for request in requests]
+    beside = Engine(model, tokenizer)
     run_all(engine)
     assert pages == 60 or engine.metrics().preemptions > 0
     for request, handle in zip(requests, handles, strict=True):
-        assert handle.outputs[0].token_ids == alone(model, tokenizer, request)
+        assert handle.outputs[0].token_ids == alone(beside, request)
         if request.grammar is GRAMMARS["schema"][0]:
             check_output(handle.outputs[0], follows_schema, engine._ends())
 
@@ -353,6 +360,13 @@ def test_a_bad_grammar_is_refused_and_others_go_on(engine, name):
         ({"type": "string", "format": "date", "minLength": 2}, "found minLength beside format"),
         ({"type": "string", "minLength": -1}, "#/minLength: found -1; accepted: an integer"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, r"found 2; accepted: minLength \(3\)"),
+        ({"type": "object", "required": ["a"]}, "#/required: found 'a'; accepted: names in prop"),
+        ({"type": "object", "required": "a"}, "#/required: found str"),
+        (
+            {"type": "object", "properties": {}, "propertyNames": {}},
+            "#: found properties beside propertyNames",
+        ),
+        ({"type": "object", "minProperties": 2}, "#/minProperties: found names that are open"),
         ({"anyOf": {}}, "#/anyOf: found dict; accepted: a list"),
         ({"type": []} | {"type": [1]}, r"#/type: found \[1\]"),
     ],
@@ -412,6 +426,73 @@ def test_every_string_is_one_in_json(compiler, tokenizer, keywords):
             assert least <= len(string) <= most
 
 
+def any_schema(random: Random, depth: int) -> dict | bool:
+    """With every keyword that is not refused, in most of the ways they go together."""
+    chance, pick = random.random, random.choice
+    kind = random.randrange(5, 14) if depth == 0 else random.randrange(14)
+    if kind < 2:
+        names = random.sample(["a", "b", "ab", 'a"', "é"], random.randint(0, 4))
+        schema = {"type": "object", "properties": {n: any_schema(random, depth - 1) for n in names}}
+        schema["required"] = random.sample(names, random.randint(0, len(names)))
+        if chance() < 0.4:
+            schema["additionalProperties"] = pick([True, False, any_schema(random, depth - 1)])
+        if chance() < 0.3:
+            schema[pick(["minProperties", "maxProperties"])] = random.randint(1, 2)
+        return schema
+    if kind == 2:
+        inner = any_schema(random, depth - 1)
+        names = pick([{"patternProperties": {"^a.$": inner}}, {"additionalProperties": inner}])
+        return {"type": "object"} | pick([names, {"propertyNames": {"pattern": "^x", **STRING}}])
+    if kind == 3:
+        schema = {"type": "array", "items": pick([any_schema(random, depth - 1), False])}
+        if chance() < 0.4:
+            count = random.randint(1, 3)
+            schema["prefixItems"] = [any_schema(random, depth - 1) for _ in range(count)]
+        return schema | {pick(["minItems", "maxItems"]): random.randint(0, 3)}
+    if kind == 4:
+        several = [any_schema(random, depth - 1) for _ in range(random.randint(1, 3))]
+        return pick([{"anyOf": several}, {"oneOf": several}, {"allOf": several[:1]}])
+    return [
+        {"type": "integer", "minimum": random.randint(-20, 5), "maximum": random.randint(6, 300)},
+        {"type": "number", "exclusiveMinimum": pick([-3.5, 0, 2])},
+        {"type": "integer", "multipleOf": pick([2, 5, 7])},
+        STRING | pick([{"minLength": 2}, {"maxLength": 3}, {"pattern": "^a+b?$"}]),
+        {"type": random.sample(["integer", "string", "null", "boolean", "number"], 2)},
+        {"enum": random.sample([1, "a", None, True, {"a": 1}, [1, 2], 'é"', 2.5], 3)},
+        {"const": pick([1, "x\n", {"b": [None]}, [], False])},
+        {},
+        True,
+    ][kind - 5]
+
+
+STRING = {"type": "string"}
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**32))
+def test_any_schema_is_followed_or_refused(compiler, tokenizer, seed):
+    """Random tokens of its mask, against the jsonschema library."""
+    random = Random(seed)
+    schema = any_schema(random, 2)
+    try:
+        compiled = compiler.compile(Grammar.json_schema(schema))
+    except InputError:
+        return
+    for _ in range(4):
+        state, text = compiled.start(), b""
+        for at in range(150):
+            allowed = np.flatnonzero(np.isfinite(state.mask(np.zeros(VOCAB, np.float32)))).tolist()
+            if set(allowed).intersection(compiler._ends):
+                jsonschema.Draft202012Validator(schema).validate(json.loads(text.decode()))
+                break
+            closing = [t for t in allowed if tokenizer.token_bytes(t) in (b'"', b"}", b"]")]
+            token = random.choice(closing if at > 15 and closing else allowed)
+            state.accept(token)
+            text += tokenizer.token_bytes(token) if text else tokenizer.first_token_bytes(token)
+
+
 def test_what_is_no_grammar_is_refused():
     for make, message in [
         (lambda: Grammar("xml", ("a",)), "found kind 'xml'; accepted: json_schema, regex, choice"),
@@ -445,9 +526,9 @@ def test_an_engine_that_cannot_is_named(model, tokenizer, monkeypatch):
 # What takes too long, or too much
 
 
-def test_time_and_memory_are_bounded(tokenizer):
+def test_time_and_memory_are_bounded(toy_tokenizer):
     wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}
-    compiler = make_compiler(tokenizer, compile_seconds=1.0, compile_bytes=256 << 20)
+    compiler = make_compiler(toy_tokenizer, compile_seconds=1.0, compile_bytes=256 << 20)
     assert compiler.compile(Grammar.choice(["a"]))
     for grammar, message in [
         (Grammar.regex(SLOW), "regex: found a grammar that takes more than 1.0 s to compile"),
@@ -458,17 +539,19 @@ def test_time_and_memory_are_bounded(tokenizer):
             compiler.compile(grammar)
         assert time.perf_counter() - start < 20  # the process may have to start first
         assert compiler.compile(Grammar.regex(f"a{len(message)}"))
-    tight = make_compiler(tokenizer, compiled_bytes=1000)
+    tight = make_compiler(toy_tokenizer, compiled_bytes=1000)
     with pytest.raises(InputError, match=r"found \d+ bytes when compiled; accepted: up to 1000"):
         tight.compile(GRAMMARS["schema"][0])
 
 
-def test_a_process_that_dies_is_replaced(tokenizer):
-    compiler = make_compiler(tokenizer)
+def test_a_process_that_dies_is_replaced(toy_tokenizer):
+    compiler = make_compiler(toy_tokenizer)
     compiler.compile(Grammar.regex("a"))
     compiler._worker.kill()
     compiler._worker.wait()
-    with pytest.raises(InputError, match="regex: found a grammar that takes more than"):
+    with pytest.raises(
+        InputError, match=r"regex: found a grammar that ends its compiler \(status -9\)"
+    ):
         compiler.compile(Grammar.regex("b"))
     assert compiler.compile(Grammar.regex("b"))
     worker = compiler._worker
@@ -476,15 +559,15 @@ def test_a_process_that_dies_is_replaced(tokenizer):
     assert worker.poll() is not None
 
 
-def test_the_last_used_grammars_are_kept(tokenizer):
+def test_the_last_used_grammars_are_kept(toy_tokenizer):
     a, b, c, d = (Grammar.choice([text]) for text in "abcd")
-    compiler = make_compiler(tokenizer, cached=2)
+    compiler = make_compiler(toy_tokenizer, cached=2)
     first = compiler.compile(a)
     compiler.compile(b)
     assert compiler.compile(Grammar.choice(["a"])) is first
     compiler.compile(c)
     assert compiler.cached == [a, c]
-    compiler = make_compiler(tokenizer, cached_bytes=first.memory_bytes * 3)
+    compiler = make_compiler(toy_tokenizer, cached_bytes=first.memory_bytes * 3)
     for grammar in (a, b, c, d):
         compiler.compile(grammar)
     assert compiler.cached == [b, c, d]

@@ -28,6 +28,8 @@ from phi3c.errors import InputError
 
 __all__ = ["GrammarCompiler"]
 
+_OUT_OF_MEMORY = 70  # the worker's exit status then
+
 
 class GrammarCompiler:
     """Of one tokenizer and vocabulary. Threads may share it."""
@@ -116,8 +118,12 @@ class GrammarCompiler:
         if ended == -signal.SIGALRM:
             seconds = self._limits.compile_seconds
             return f"found a grammar that takes more than {seconds} s to compile; accepted: less"
-        megabytes = self._limits.compile_bytes >> 20
-        return f"found a grammar that takes more than {megabytes} MiB to compile; accepted: less"
+        if ended == _OUT_OF_MEMORY:
+            megabytes = self._limits.compile_bytes >> 20
+            return (
+                f"found a grammar that takes more than {megabytes} MiB to compile; accepted: less"
+            )
+        return f"found a grammar that ends its compiler (status {ended}); accepted: others"
 
     def _read_tokenizer(self, xgrammar: Any) -> None:
         """Tokens are given as the bytes they add to the text, whatever the tokenizer's style."""

@@ -24,6 +24,7 @@ import numpy as np
 import xgrammar
 
 _START_SECONDS = 120
+_OUT_OF_MEMORY = 70  # an exit status, which grammar_compiler.py knows
 _PROBE_TOKENS = 100
 
 
@@ -62,10 +63,10 @@ def main() -> None:
         except _Refused as error:
             answer, data = {"error": str(error)}, b""
         except MemoryError:
-            os._exit(1)  # nothing here can be trusted to have room now
+            os._exit(_OUT_OF_MEMORY)  # nothing here can be trusted to have room now
         except Exception as error:
             if "bad_alloc" in str(error):
-                os._exit(1)
+                os._exit(_OUT_OF_MEMORY)
             answer, data = {"error": f"found {_reason(error)}; accepted: what xgrammar can"}, b""
         signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(json.dumps(answer).encode() + b"\n" + data)

@@ -44,6 +44,10 @@ _ASSERTIONS = set.union(*_OF_TYPE.values()) | {"type", *_ALONE}
 _SCHEMA = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties") + (
     "unevaluatedItems",
 )
+_OF_PROPERTIES = ("properties", "additionalProperties", "unevaluatedProperties") + (
+    "propertyNames",
+    "patternProperties",
+)
 _SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
@@ -93,6 +97,7 @@ def _enforceable(schema: Any, place: str) -> Any:
             raise _refusal(place, f"{name} beside {alone[0]}", "one of them")
         if name in _ASSERTIONS - {"type", *_ALONE} - accepted:
             raise _refusal(place, f"{name} without its type", "type beside it")
+    _check_object(schema, place)
     reference = schema.get("$ref", "#")
     if not isinstance(reference, str) or not (
         reference == "#" or reference.startswith(tuple(f"#/{name}/" for name in _NAMED))
@@ -101,6 +106,23 @@ def _enforceable(schema: Any, place: str) -> Any:
     if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
         raise _refusal(f"{place}/allOf", f"{len(schema['allOf'])} schemas", "one")
     return _strings(schema, place) | _inner(schema, place)
+
+
+def _check_object(schema: dict[str, Any], place: str) -> None:
+    """What xgrammar enforces of an object's keywords only where others are not beside them."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(required, list):
+        raise _refusal(f"{place}/required", type(required).__name__, "a list of names")
+    if isinstance(properties, dict) and (more := [n for n in required if n not in properties]):
+        raise _refusal(f"{place}/required", repr(more[0]), "names in properties")
+    for name in ("propertyNames", "patternProperties"):
+        beside = [each for each in _OF_PROPERTIES if each in schema and each != name]
+        if name in schema and beside:
+            raise _refusal(place, f"{beside[0]} beside {name}", "one of them")
+    # A name may come twice where any may come, and counts twice.
+    more = [schema[name] for name in _OF_PROPERTIES[1:] if name in schema]
+    if schema.get("minProperties", 0) not in (0, 1) and (not properties or any(more)):
+        raise _refusal(f"{place}/minProperties", "names that are open", "properties alone, or 0, 1")
 
 
 def _inner(schema: dict[str, Any], place: str) -> dict[str, Any]:
