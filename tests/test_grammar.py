@@ -544,19 +544,36 @@ def test_time_and_memory_are_bounded(toy_tokenizer):
         tight.compile(GRAMMARS["schema"][0])
 
 
-def test_a_process_that_dies_is_replaced(toy_tokenizer):
+def test_a_process_that_dies_is_replaced(toy_tokenizer, monkeypatch):
     compiler = make_compiler(toy_tokenizer)
     compiler.compile(Grammar.regex("a"))
-    compiler._worker.kill()
+    compiler._worker.kill()  # with nothing to do
     compiler._worker.wait()
-    with pytest.raises(
-        InputError, match=r"regex: found a grammar that ends its compiler \(status -9\)"
-    ):
-        compiler.compile(Grammar.regex("b"))
     assert compiler.compile(Grammar.regex("b"))
+    monkeypatch.setattr(compiler._worker, "poll", lambda: None)
+    compiler._worker.kill()  # as if while it compiles
+    with pytest.raises(InputError, match=r"found a grammar that ends its compiler \(status -9\)"):
+        compiler.compile(Grammar.regex("c"))
+    assert compiler.compile(Grammar.regex("c"))
     worker = compiler._worker
     del compiler
     assert worker.poll() is not None
+
+
+def test_an_interrupted_caller_leaves_no_answer_behind(toy_tokenizer, monkeypatch):
+    def interrupted(worker, request):
+        worker.stdin.write(json.dumps(request).encode() + b"\n")
+        worker.stdin.flush()
+        raise KeyboardInterrupt
+
+    compiler = make_compiler(toy_tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr("phi3c.engine.grammar_compiler._ask", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compiler.compile(Grammar.regex("a"))
+    state = compiler.compile(Grammar.regex("b")).start()
+    [allowed] = np.flatnonzero(np.isfinite(state.mask(np.zeros(VOCAB, np.float32))))
+    assert toy_tokenizer.token_bytes(int(allowed)) == b"b"
 
 
 def test_the_last_used_grammars_are_kept(toy_tokenizer):

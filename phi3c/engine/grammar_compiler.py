@@ -96,6 +96,8 @@ class GrammarCompiler:
         xgrammar = _import_xgrammar()
         if self._info is None:
             self._read_tokenizer(xgrammar)
+        if self._worker is not None and self._ready and self._worker.poll() is not None:
+            self._stop()  # ended by somebody else, while it had nothing to do
         if self._worker is None:
             self._start()
         worker = self._worker
@@ -103,7 +105,11 @@ class GrammarCompiler:
             self._stop()
             raise RuntimeError("the process that compiles grammars did not start")
         self._ready = True
-        answer, data = _ask(worker, {"kind": kind, "texts": texts})
+        try:
+            answer, data = _ask(worker, {"kind": kind, "texts": texts})
+        except BaseException:  # Ctrl-C: the next grammar must not get this one's answer
+            self._end()
+            raise
         if answer is None:
             ended = self._stop()
             self._start()  # it imports xgrammar while nobody waits for it
@@ -174,6 +180,10 @@ class GrammarCompiler:
             pass
         self._finalizer()
         return worker.returncode
+
+    def _end(self) -> None:
+        self._worker = None
+        self._finalizer()
 
 
 def _ask(worker: subprocess.Popen, request: dict[str, Any]) -> tuple[dict[str, Any] | None, bytes]:

@@ -33,6 +33,8 @@ class _Refused(Exception):
 
 
 def main() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's: it closes stdin
     signal.setitimer(signal.ITIMER_REAL, _START_SECONDS)
     answers = os.fdopen(os.dup(1), "wb")
     # What xgrammar prints are warnings that it does not follow a grammar to the letter.
