@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .converter import convert as convert
     from .engine.draft_model import DraftModel as DraftModel
     from .engine.engine import Engine as Engine
+    from .engine.grammar import Grammar as Grammar
     from .engine.prompt_lookup import PromptLookup as PromptLookup
     from .engine.request import Request as Request
     from .engine.sampler import SamplingParams as SamplingParams
@@ -31,6 +32,7 @@ _HOME = {
     "Phi3Config": ".config",
     "DraftModel": ".engine.draft_model",
     "Engine": ".engine.engine",
+    "Grammar": ".engine.grammar",
     "PromptLookup": ".engine.prompt_lookup",
     "Request": ".engine.request",
     "SamplingParams": ".engine.sampler",

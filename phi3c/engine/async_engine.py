@@ -24,6 +24,8 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = ThreadPoolExecutor(1, "phi3c-engine")
+        # Grammars are compiled beside the steps, one after the other.
+        self._grammar_thread = ThreadPoolExecutor(1, "phi3c-grammar")
         # Pieces of each request, then None; kept as long as somebody keeps the handle.
         self._queues: WeakKeyDictionary[Handle, asyncio.Queue[Piece | None]] = WeakKeyDictionary()
         self._open: list[Handle] = []
@@ -40,11 +42,17 @@ class AsyncEngine:
         await self._call(self._engine.abort_all)
         self._deliver()
         self._thread.shutdown()
+        self._grammar_thread.shutdown(cancel_futures=True)
 
     async def submit(self, request: Request) -> Handle:
         """As `Engine.submit`, and raises the same; RuntimeError if the step loop has failed."""
+        compiled = None
+        if request.grammar is not None:
+            compiled = await asyncio.get_running_loop().run_in_executor(
+                self._grammar_thread, self._engine.compile_grammar, request.grammar
+            )
         self._check_loop()
-        handle = await self._call(self._engine.submit, request)
+        handle = await self._call(self._engine.submit, request, compiled)
         self._queues[handle] = asyncio.Queue()
         self._open.append(handle)
         self._work.set()

@@ -9,6 +9,9 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from tvm.runtime import Tensor
 
+from phi3c.engine.grammar import Grammar, GrammarLimits
+from phi3c.engine.grammar_compiler import GrammarCompiler
+from phi3c.engine.grammar_state import CompiledGrammar
 from phi3c.engine.metrics import Metrics
 from phi3c.engine.prefix_cache import PrefixCache
 from phi3c.engine.request import Handle, Output, Piece, Request, prompt_tokens
@@ -34,12 +37,14 @@ class Engine:
         prefix_cache: bool = True,
         speculation: SpeculationOptions | None = None,
         reproducible: bool = False,
+        grammar_limits: GrammarLimits | None = None,
     ) -> None:
         """tokenizer: of the artifact by default, if it has one. max_total_seq_len: tokens of KV
         pages, by default what `create_paged_kv_cache` makes. speculation: PromptLookup or
         DraftModel; the tokens are the same with and without, but for near ties (speculation.py).
         reproducible: for these too, and whatever is preempted or found in the prefix cache: logits
         have the same bits with and without chains of drafts, decoding is somewhat slower.
+        grammar_limits: GrammarLimits() by default.
         Raises OutOfMemoryError, InputError.
         """
         if tokenizer is None and (model.artifact.path / "tokenizer.json").exists():
@@ -57,25 +62,46 @@ class Engine:
         if speculation is not None:
             drafter = speculation.start(model, self._cache.num_pages * page_size)
             self._speculation = Speculation(drafter, speculation.adaptive)
+        self._grammars: GrammarCompiler | None = None
+        if tokenizer is not None:
+            self._grammars = GrammarCompiler(
+                tokenizer,
+                model.config.vocab_size,
+                self._ends(),
+                grammar_limits or GrammarLimits(),
+            )
         self._submitted: dict[Handle, float] = {}  # → when; until it is done
         self._next_id = self._arrivals = 0
         self._metrics = Metrics()
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, request: Request, compiled: CompiledGrammar | None = None) -> Handle:
         """Queue a request. Raises InputError, ContextLengthError, and CacheFullError where it
         could never fit; then nothing is queued.
+
+        compiled: its grammar, if `compile_grammar` has made it elsewhere; otherwise this waits.
         """
         prompt_ids = self._checked(prompt_tokens(request.prompt, self.tokenizer))
         if request.params.stop and self.tokenizer is None:
             raise InputError("stop: found strings; accepted: none, as the engine has no tokenizer")
         self._check_bias(request.params.logit_bias)
         max_tokens = self._room(len(prompt_ids), request.params.max_tokens)
+        if request.grammar is not None and compiled is None:
+            compiled = self.compile_grammar(request.grammar)
         handle = Handle(request, prompt_ids, [Output() for _ in range(request.n)])
         self._arrivals += 1
-        self._scheduler.waiting.append(self._sequence(handle, max_tokens))
+        self._scheduler.waiting.append(self._sequence(handle, max_tokens, compiled))
         self._submitted[handle] = time.perf_counter()
         self._metrics.requests += 1
         return handle
+
+    def compile_grammar(self, grammar: Grammar) -> CompiledGrammar:
+        """What `submit` takes; kept for the next request of the same grammar. Takes up to the
+        limits' seconds, and may be called in any thread. Raises InputError."""
+        if self._grammars is None:
+            raise InputError("grammar: found one; accepted: none, as the engine has no tokenizer")
+        if not self._ends():
+            raise InputError("grammar: found one; accepted: none, as the model has no eos token")
+        return self._grammars.compile(grammar)
 
     def step(self) -> list[Handle]:
         """One forward for everything that can run; the requests that it finished."""
@@ -226,7 +252,7 @@ class Engine:
         handle = sequence.handle
         try:
             sequence.sample(logits)
-        except RuntimeError as error:  # logits that nothing can be drawn from
+        except RuntimeError as error:  # logits, or a grammar, that nothing can be drawn from
             handle.error = error
             return
         self._metrics.generated_tokens += 1
@@ -305,18 +331,22 @@ class Engine:
             )
         return room
 
-    def _sequence(self, handle: Handle, max_tokens: int) -> Sequence:
-        ends = self.model.config.eos_token_ids
-        if self.tokenizer is not None:
-            ends = self.tokenizer.eos_token_ids.union(ends)
+    def _ends(self) -> frozenset[int]:
+        ends = frozenset(self.model.config.eos_token_ids)
+        return ends if self.tokenizer is None else self.tokenizer.eos_token_ids | ends
+
+    def _sequence(
+        self, handle: Handle, max_tokens: int, grammar: CompiledGrammar | None
+    ) -> Sequence:
         return Sequence(
             self._new_id(),
             handle,
             self._arrivals,
             max_tokens,
-            frozenset() if handle.request.params.ignore_eos else frozenset(ends),
+            frozenset() if handle.request.params.ignore_eos else self._ends(),
             self.tokenizer,
             self.model.config.vocab_size,
+            grammar,
         )
 
     def _new_id(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from phi3c.engine.grammar import Grammar
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import InputError, Phi3CError
@@ -18,26 +19,34 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 @dataclass(frozen=True)
 class Request:
     """prompt: text, token ids, or chat messages (role, content), which the checkpoint's own
-    template makes a prompt. n: samples of it. priority: the higher goes first.
+    template makes a prompt. n: samples of it. priority: the higher goes first. grammar: what the
+    answer must look like; it then ends with an end-of-sequence token, unless max_tokens or a stop
+    string cuts it.
     """
 
     prompt: Prompt
     params: SamplingParams = SamplingParams()
     n: int = 1
     priority: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if type(self.n) is not int or self.n < 1:
             raise InputError(f"n: found {self.n!r}; accepted: an integer of 1 or more")
         if type(self.priority) is not int:
             raise InputError(f"priority: found {self.priority!r}; accepted: an integer")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InputError(f"grammar: found {self.grammar!r}; accepted: a Grammar, or None")
+        if self.grammar is not None and self.params.ignore_eos:
+            raise InputError("ignore_eos: found true; accepted: false, as eos ends a grammar")
 
 
 @dataclass
 class Output:
     """One sample. finish_reason: "stop", "length", "cancelled", "error", or None so far.
 
-    logprobs: of each token, where asked for: (its log-probability, likeliest id → theirs).
+    logprobs: of each token, where asked for: (its log-probability, likeliest id → theirs). They are
+    the model's own, before a grammar's mask.
     """
 
     text: str = ""

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from phi3c.engine.detokenizer import IncrementalDetokenizer
+from phi3c.engine.grammar_state import CompiledGrammar
 from phi3c.engine.penalties import Penalties
 from phi3c.engine.request import Handle, Output, Piece
 from phi3c.engine.sampler import Sampler
@@ -31,6 +32,7 @@ class Sequence:
         eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
         vocab_size: int,
+        grammar: CompiledGrammar | None = None,
         index: int = 0,
     ) -> None:
         params = handle.request.params
@@ -45,10 +47,11 @@ class Sequence:
         self._max_tokens = max_tokens
         self._eos_token_ids = eos_token_ids
         self._sampler = Sampler(params, stream=index)
+        self._grammar = grammar and grammar.start()
         self._penalties = Penalties(params, handle.prompt_ids, vocab_size)
         self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, params.stop)
 
-        self._rest = (arrival, max_tokens, eos_token_ids, tokenizer, vocab_size)
+        self._rest = (arrival, max_tokens, eos_token_ids, tokenizer, vocab_size, grammar)
 
     def another(self, seq_id: int, index: int) -> Sequence:
         """Sample `index` of the same request, from the prompt on."""
@@ -80,10 +83,14 @@ class Sequence:
         return self._sampler.likeliest(self._penalties.apply(logits), count, ahead)
 
     def sample(self, logits: np.ndarray) -> None:
-        """Take the next token from logits `[vocab]`. RuntimeError if they hold NaN or +inf."""
+        """Take the next token from logits `[vocab]`. RuntimeError if they hold NaN or +inf, or if
+        the grammar refuses."""
         output = self.output
         logits = self._penalties.apply(logits)
-        token_id = self._sampler.sample(logits)
+        masked = logits if self._grammar is None else self._grammar.mask(logits)
+        token_id = self._sampler.sample(masked)
+        if self._grammar is not None:
+            self._grammar.accept(token_id)
         if self.handle.request.params.logprobs is not None:
             output.logprobs.append(_logprobs(logits, token_id, self.handle.request.params.logprobs))
         self._penalties.add(token_id)
@@ -92,7 +99,8 @@ class Sequence:
         stopped = token_id in self._eos_token_ids
         full = len(output.token_ids) == self._max_tokens
         if self._detokenizer is not None:
-            piece = self._detokenizer.add(token_id)
+            # What ends a grammar's answer is no part of it, even where it has a text.
+            piece = "" if stopped and self._grammar else self._detokenizer.add(token_id)
             if stopped or full:
                 piece += self._detokenizer.finish()
             stopped = stopped or self._detokenizer.stopped
