@@ -225,6 +225,28 @@ def test_a_mixed_batch_is_as_if_each_were_alone(model, tokenizer, pages):
             check_output(handle.outputs[0], follows_schema, engine._ends())
 
 
+@pytest.mark.parametrize(
+    "drafts", [phi3c.PromptLookup(shortest=1, adaptive=False), None], ids=["lookup", "model"]
+)
+def test_speculation_follows_a_grammar(model, tokenizer, drafts):
+    """The state goes on with the tokens that were sampled, not with those that were guessed."""
+    drafts = drafts or phi3c.DraftModel(model, depth=4, width=2, adaptive=False)
+    prompt = [5, 6, 7, 8, 9] * 4
+    asked = [(GRAMMARS[name][0], seed) for name in ("schema", "date", "words") for seed in (1, 2)]
+
+    def answers(engine: Engine) -> list[list[int]]:
+        requests = [ask(grammar, seed, prompt, max_tokens=120) for grammar, seed in asked]
+        handles = [engine.submit(request) for request in [*requests, ask(None, 9, prompt)]]
+        run_all(engine)
+        assert all(handle.error is None for handle in handles)
+        return [handle.outputs[0].token_ids for handle in handles]
+
+    speculating = Engine(model, tokenizer, speculation=drafts)
+    assert answers(speculating) == answers(Engine(model, tokenizer))
+    metrics = speculating.metrics()
+    assert 0 < metrics.accepted_tokens < metrics.drafted_tokens
+
+
 def test_each_sample_has_its_own_state(engine):
     handle = engine.submit(ask(GRAMMARS["schema"][0], 3, n=7))  # more than run at once
     run_all(engine)
