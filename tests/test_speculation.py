@@ -16,13 +16,13 @@ from test_soak import prompts
 
 import phi3c
 from phi3c.engine.draft import NO_DRAFT, Draft
-from phi3c.engine.draft_model import DraftModel
+from phi3c.engine.draft_model import DraftModel, _Followed
 from phi3c.engine.engine import Engine
 from phi3c.engine.prompt_lookup import PromptLookup, PromptLookupDrafter
 from phi3c.engine.request import Handle
 from phi3c.engine.sequence import Sequence
 from phi3c.engine.session import Session
-from phi3c.engine.speculation import Pace, _Costs
+from phi3c.engine.speculation import Pace, Speculation, _Costs
 from phi3c.errors import InputError
 
 TOY = Path(__file__).parent.parent / "examples" / "toy"
@@ -518,17 +518,33 @@ def test_guessing_stops_where_forwards_cost_too_much():
     assert _Costs().seconds(1, 1 + depths, depths).tolist() == [1] * 5
 
 
-def test_an_engine_stops_guessing_that_never_helps(plain):
-    """Seconds are the machine's, but what is always wrong cannot pay."""
+def test_an_engine_stops_guessing_that_never_helps(plain, monkeypatch):
+    """Where every token costs a second, what is always wrong cannot pay."""
     prompt = random_ids(10)
     answer = alone(plain, prompt, 100)
     wrong = [(token + 1) % VOCAB for token in answer]
     options = Scripted({tuple(prompt): wrong}, always_right=True, adaptive=True)
+    ran = Speculation.ran
+
+    def timed(self, parts, seconds):
+        ran(self, parts, float(sum(part.size for part in parts)))
+
+    monkeypatch.setattr(Speculation, "ran", timed)
     engine = Engine(plain, speculation=options)
     handle = engine.submit(request(prompt, 100))
     run_all(engine)
     assert handle.outputs[0].token_ids == answer
-    assert engine.metrics().accepted_tokens == 0 and len(options.made) < 40
+    assert engine.metrics().accepted_tokens == 0 and 0 < len(options.made) < 40
+
+
+def test_a_draft_model_goes_back_where_nothing_was_sampled():
+    """Drafted for, then preempted, then back with all pages: the last token is computed again."""
+    followed = _Followed(False)
+    followed.known, followed.guessed = 5, [1, 2]
+    assert followed.catch_up([9] * 5) == 3  # two guesses and the last token
+    assert followed.known == 4 and followed.guessed == []
+    followed.guessed = [7, 8]
+    assert followed.catch_up([9, 9, 9, 9, 7, 3]) == 1 and followed.known == 5
 
 
 def test_a_draft_model_without_a_usable_guess(plain, monkeypatch):

@@ -65,10 +65,13 @@ class _Followed:
             if self.guessed[right] != tokens[self.known + right]:
                 break
             right += 1
-        wrong = len(self.guessed) - right
+        dropped = len(self.guessed) - right
+        if most < 0:  # preempted before it sampled, and back with all its pages
+            dropped -= most
+            self.known += most
         self.known += right
         self.guessed = []
-        return wrong
+        return dropped
 
 
 class DraftModelDrafter:
