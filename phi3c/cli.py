@@ -28,9 +28,9 @@ from .errors import ContextLengthError, InputError, Phi3CError
 
 if TYPE_CHECKING:
     from .converter import Progress
-    from .engine.generate import Generation
+    from .engine.answer import Answer
+    from .engine.engine import Engine
     from .engine.sampler import SamplingParams
-    from .engine.session import Session
     from .engine.tokenizer import Tokenizer
     from .runtime.compiled import CompiledPhi3
 
@@ -129,7 +129,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .engine.generate import Generation
+    from .engine.answer import Answer
+    from .engine.request import Request
     from .engine.tokenizer import Tokenizer
 
     # What can be wrong is looked at before a checkpoint is compiled.
@@ -138,14 +139,14 @@ def _generate(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_folder(folder)
     params = _sampling_params(args, folder)
     prompt_ids = _prompt_ids(args, tokenizer, text)
-    generation = Generation(_session(args, folder), tokenizer, prompt_ids, params)
-    _show(generation, args.json)
+    _show(Answer(_engine(args, folder, tokenizer), Request(prompt_ids, params)), args.json)
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
     """Answers line by line. A turn that cannot be answered is dropped, and the exit code is 2."""
-    from .engine.generate import Generation
+    from .engine.answer import Answer
+    from .engine.request import Request
     from .engine.tokenizer import Tokenizer
 
     folder = _model_folder(args)
@@ -153,7 +154,7 @@ def _chat(args: argparse.Namespace) -> int:
     if not tokenizer.has_chat_template:
         raise InputError(f"{folder}: no chat template; accepted: `phi3c generate --raw`")
     params = _sampling_params(args, folder)
-    session = _session(args, folder)
+    engine = _engine(args, folder, tokenizer)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages, code = list(system), 0
     while (line := _next_line()) not in (None, "/exit"):
@@ -163,16 +164,15 @@ def _chat(args: argparse.Namespace) -> int:
             continue
         question = {"role": "user", "content": line}
         try:
-            ids = tokenizer.encode_chat([*messages, question])
-            generation = Generation(session, tokenizer, ids, params)
+            answer = Answer(engine, Request([*messages, question], params))
         except (ContextLengthError, InputError) as error:
             _print_error(error)
             code = 2
             continue
         with contextlib.suppress(KeyboardInterrupt):  # stops this answer, not the chat
-            _show(generation, args.json)
-        if generation.token_ids:
-            messages += [question, {"role": "assistant", "content": generation.text}]
+            _show(answer, args.json)
+        if answer.output.token_ids:
+            messages += [question, {"role": "assistant", "content": answer.output.text}]
     return code
 
 
@@ -307,16 +307,23 @@ def _model_folder(args: argparse.Namespace) -> Path:
     return path
 
 
-def _session(args: argparse.Namespace, folder: Path) -> Session:
-    """Loads the artifact in `folder`, or the one that its checkpoint is compiled to."""
-    from .engine.session import Session
+def _engine(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Engine:
+    """Of the artifact in `folder`, or of the one that its checkpoint is compiled to.
+
+    It has KV pages for one sequence of the whole context.
+    """
+    from .engine.engine import Engine
+    from .memory import sequence_cache_tokens
     from .runtime.compiled import load
     from .runtime.threads import check_threads
 
     threads = check_threads(args.threads)
     if not _is_artifact(folder):
         folder = _compiled(args, folder)
-    return Session(load(folder, threads=threads))
+    model = load(folder, threads=threads)
+    page_size = 16
+    room = sequence_cache_tokens(model.manifest, page_size)
+    return Engine(model, tokenizer, max_total_seq_len=room, page_size=page_size)
 
 
 def _compiled(args: argparse.Namespace, source: Path) -> Path:
@@ -384,16 +391,17 @@ def _sampling_params(args: argparse.Namespace, folder: Path) -> SamplingParams:
     return SamplingParams(**defaults | given, stop=args.stop, ignore_eos=args.ignore_eos)
 
 
-def _show(generation: Generation, as_json: bool) -> None:
+def _show(answer: Answer, as_json: bool) -> None:
     """Streams the text and ends its last line, or prints one JSON object when all is done."""
 
-    from .describe import generation_facts
+    from .describe import answer_facts
 
     def end() -> None:
-        print(json.dumps(generation_facts(generation)) if as_json else "", flush=True)
+        answer.close()  # Ctrl-C may have come between two steps
+        print(json.dumps(answer_facts(answer)) if as_json else "", flush=True)
 
     try:
-        for piece in generation:
+        for piece in answer:
             if not as_json:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:

@@ -13,8 +13,8 @@ from phi3c.engine.engine import Engine
 from phi3c.engine.request import Handle, Request
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.scheduler import deal
-from phi3c.engine.session import Session
 from phi3c.errors import CacheFullError, ContextLengthError, InputError
+from phi3c.runtime.single_sequence import SingleSequence
 
 OPTIONS = dict(max_batch_size=4, prefill_chunk_size=24, context_length=120)
 # name → fields that differ from conftest.BASE: plain, across the LongRoPE switch, with a window
@@ -48,13 +48,13 @@ def request(prompt, max_tokens: int, **options) -> Request:
 
 def alone(model, prompt: list[int], n: int) -> list[int]:
     """Greedy tokens of one sequence in a cache of its own."""
-    session, out = Session(model), []
-    logits = session.resume(prompt)
+    sequence, out = SingleSequence(model), []
+    logits = sequence.extend(prompt)
     while True:
         out.append(int(logits.argmax()))
         if len(out) == n:
             return out
-        logits = session.extend(out[-1:])
+        logits = sequence.extend(out[-1:])
 
 
 def check_pages(engine: Engine) -> None:

@@ -171,6 +171,8 @@ class Scheduler:
         sequence.long_factors = long
         sequence.computed = len(pages) * self._cache.page_size
         self.cached_tokens += sequence.computed
+        if sequence.index == 0 and not sequence.output.token_ids:
+            sequence.handle.cached_tokens = sequence.computed
 
     def _take_pages(self, sequence: Sequence, keep_prefix: bool = True) -> None:
         if self._prefixes is not None and keep_prefix:
