@@ -40,7 +40,9 @@ class Engine:
         self.tokenizer = tokenizer
         room = {} if max_total_seq_len is None else {"max_total_seq_len": max_total_seq_len}
         self._cache = model.create_paged_kv_cache(page_size=page_size, **room)
-        self._prefixes = PrefixCache(self._cache) if prefix_cache else None
+        self._prefixes = None
+        if prefix_cache:
+            self._prefixes = PrefixCache(self._cache, model.config.sliding_window)
         self._scheduler = Scheduler(
             self._cache, self._prefixes, model.config, model.manifest.limits
         )
