@@ -262,26 +262,27 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _bench_engine(args: argparse.Namespace, model: CompiledPhi3) -> int:
-    from .bench.trace import render, replay, synthetic_trace
-    from .engine.engine import Engine
+    from .bench.engine_loads import bench_engine, render
+    from .bench.machine import Others
 
-    longest = min(args.longest, model.manifest.limits.context_length)
-    if args.requests < 1 or args.rate < 0 or not 0 <= args.shared_prefix <= longest // 2 - 8:
-        raise InputError(
-            f"bench: found --requests {args.requests}, --rate {args.rate:g}, --shared-prefix "
-            f"{args.shared_prefix}; accepted: 1 or more, 0 or more, 0 to {longest // 2 - 8} "
-            "(half of --longest, less 8)"
+    others = Others()
+    with _progress(args) as progress:
+        tables = bench_engine(
+            model,
+            args.batch,
+            args.requests,
+            args.rate,
+            args.shared_prefix,
+            args.longest,
+            progress,
         )
-    vocab = model.config.vocab_size
-    trace = synthetic_trace(vocab, args.requests, args.rate, args.shared_prefix, longest)
-    replay(Engine(model), trace[:2], "warm", None)
-    replays = [
-        replay(Engine(model), trace, name, at_once)
-        for name, at_once in (("one at a time", 1), ("together", None))
-    ]
+    share = others.share()
     if not args.json:
-        print(render(replays))
-    print(json.dumps([asdict(result) for result in replays]))
+        print(render(tables))
+        if share is not None:
+            print(f"other processes took {share:.1%} of the CPU time")
+    found = {title: [asdict(result) for result in replays] for title, replays in tables.items()}
+    print(json.dumps(found | {"others": share}))
     return 0
 
 
@@ -531,11 +532,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
     made.add_argument("--profile", action="store_true", help="the time by kernel as well")
     made.add_argument(
-        "--engine", action="store_true", help="replay arriving requests through the engine instead"
+        "--engine",
+        action="store_true",
+        help="run the engine instead: --batch requests together, a shared prefix, a trace",
     )
     made.add_argument("--requests", type=int, default=32, metavar="N", help="of the trace (32)")
     made.add_argument(
-        "--rate", type=float, default=0, metavar="R", help="arrivals a second (0: all at once)"
+        "--rate",
+        type=float,
+        metavar="R",
+        help="arrivals a second (0: all at once; without: that, then 70 %% of what it answers)",
     )
     made.add_argument(
         "--shared-prefix", type=int, default=64, metavar="N", help="tokens of every third (64)"

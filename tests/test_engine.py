@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import numpy as np
 import pytest
@@ -216,6 +217,21 @@ def test_waiting_digests_nothing_twice(plain, monkeypatch):
         engine.step()
     assert len(calls) == len(set(calls)) <= 4 + 4 and not handle.outputs[0].token_ids
     run_all(engine)
+
+
+def test_times_are_counted(plain):
+    engine = Engine(plain)
+    for i in range(3):
+        engine.submit(request(random_ids(10, seed=i), 5, n=1 + i, params={"temperature": 1.0}))
+    start = time.perf_counter()
+    run_all(engine)
+    seconds, metrics = time.perf_counter() - start, engine.metrics()
+    assert metrics.first_tokens == 3 and metrics.later_tokens == 6 * 4
+    assert metrics.generated_tokens == 6 * 5
+    assert 0 < metrics.time_to_first_token < seconds
+    assert 0 < metrics.time_per_token <= seconds / 4
+    assert 1 <= metrics.mean_batch <= 4 and 0 < metrics.overhead < 1
+    assert Engine(plain).metrics().time_per_token == 0 == Engine(plain).metrics().overhead
 
 
 def test_a_long_prompt_does_not_block_a_short_one(plain):

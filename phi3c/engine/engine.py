@@ -158,10 +158,19 @@ class Engine:
         except RuntimeError as error:  # logits that nothing can be drawn from
             handle.error = error
             return
-        self._metrics.generated_tokens += 1
-        if sequence.index == 0 and len(sequence.output.token_ids) == 1:
-            self._metrics.first_tokens += 1
-            self._metrics.first_token_seconds += time.perf_counter() - self._submitted[handle]
+        self._count_tokens(sequence, 1)
+
+    def _count_tokens(self, sequence: Sequence, count: int) -> None:
+        """So many tokens of a sequence have come at once."""
+        metrics, now = self._metrics, time.perf_counter()
+        metrics.generated_tokens += count
+        if len(sequence.output.token_ids) > count:
+            metrics.later_tokens += count
+            metrics.later_token_seconds += now - sequence.sampled_at
+        elif sequence.index == 0:
+            metrics.first_tokens += 1
+            metrics.first_token_seconds += now - self._submitted[sequence.handle]
+        sequence.sampled_at = now
 
     def _forks(self, sequence: Sequence) -> list[Sequence]:
         """The other samples of a request whose prompt was just computed."""

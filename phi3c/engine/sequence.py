@@ -20,7 +20,8 @@ class Sequence:
     """tokens: prompt and answer so far; computed: how many of them are in the KV cache.
 
     order: the smaller goes first. long_factors: LongRoPE's set in the cache. served: the last step
-    that computed any of its tokens. digests: of its pages, for the prefix cache.
+    that computed any of its tokens; sampled_at: when its last token came. digests: of its pages,
+    for the prefix cache.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Sequence:
         self.computed = 0
         self.long_factors = False
         self.served = -1
+        self.sampled_at = 0.0
         self.digests: Digests = {}
         self._max_tokens = max_tokens
         self._eos_token_ids = eos_token_ids
