@@ -61,7 +61,7 @@ class Engine:
         max_tokens = self._room(len(prompt_ids), request.params.max_tokens)
         handle = Handle(request, prompt_ids, [Output() for _ in range(request.n)])
         self._arrivals += 1
-        self._scheduler.waiting.append(self._sequence(handle, max_tokens))
+        self._scheduler.wait(self._sequence(handle, max_tokens))
         self._submitted[handle] = time.perf_counter()
         self._metrics.requests += 1
         return handle

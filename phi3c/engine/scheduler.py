@@ -11,6 +11,7 @@ sequence is just computing waits for those pages.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -57,7 +58,7 @@ class Scheduler:
         config: Phi3Config,
         limits: Limits,
     ) -> None:
-        self.waiting: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # in their order
         self.running: list[Sequence] = []
         self.preemptions = self.cached_tokens = 0
         self._cache = cache
@@ -65,6 +66,10 @@ class Scheduler:
         self._config = config
         self._limits = limits
         self._step = 0
+
+    def wait(self, sequence: Sequence) -> None:
+        """It has its turn when there is room."""
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
     def plan(self) -> list[Part]:
         """The parts of the next forward, which `retreat` may make smaller."""
@@ -118,30 +123,33 @@ class Scheduler:
             child.served = parent.served
             self.running.append(child)
         else:
-            self.waiting.append(child)
+            self.wait(child)
 
     def preempt(self, sequence: Sequence) -> None:
         """Back to waiting, without pages."""
         self.preemptions += 1
         self.running.remove(sequence)
         self._take_pages(sequence)
-        self.waiting.append(sequence)
+        self.wait(sequence)
 
     def remove(self, sequence: Sequence, keep_prefix: bool = True) -> None:
         """It has ended: its pages are free or kept as a prefix."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        else:
+        if sequence in self.running:
             self.running.remove(sequence)
             self._take_pages(sequence, keep_prefix)
+        else:
+            self.waiting.remove(sequence)
 
     def _in_turn(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         return sorted(sequences, key=lambda s: (s.served, s.order))
 
     def _admit(self) -> None:
-        self.waiting.sort(key=lambda s: s.order)
+        held = 0  # whose places nobody behind them takes
         for first in list(self.waiting):
+            if len(self.running) + held >= self._limits.max_batch_size and not self._below(first):
+                return
             if self._is_being_computed(first):
+                held += 1
                 continue
             yielding = self._yielding(first)
             if yielding is None:
@@ -162,8 +170,7 @@ class Scheduler:
 
     def _yielding(self, sequence: Sequence) -> list[Sequence] | None:
         """The fewest running ones of lower priority that must go for it to run; None: it waits."""
-        below = [s for s in self.running if _rank(s) > _rank(sequence)]
-        below.sort(key=lambda s: s.order, reverse=True)
+        below = sorted(self._below(sequence), key=lambda s: s.order, reverse=True)
         for count in range(len(below) + 1):
             left = len(self.running) - count
             if left == 0:
@@ -171,6 +178,9 @@ class Scheduler:
             if left < self._limits.max_batch_size and self._has_room(sequence, below[:count]):
                 return below[:count]
         return None
+
+    def _below(self, sequence: Sequence) -> list[Sequence]:
+        return [s for s in self.running if _rank(s) > _rank(sequence)]
 
     def _has_room(self, sequence: Sequence, without: Seq[Sequence]) -> bool:
         """Whether all its tokens and one more fit beside those of all others but `without`."""
