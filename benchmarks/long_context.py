@@ -18,18 +18,18 @@ import numpy as np
 
 import phi3c
 from phi3c.config import Phi3Config
-from phi3c.engine.session import Session
 from phi3c.reference import reference_logits
 from phi3c.runtime.compiled import CompiledPhi3
+from phi3c.runtime.single_sequence import SingleSequence
 from phi3c.weights import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 
 
 def phi3c_logits(model: CompiledPhi3, ids: list[int], prompt: int) -> np.ndarray:
-    session = Session(model)
-    rows = [session.extend(ids[:prompt])]
-    rows += [session.extend([token]) for token in ids[prompt:]]
+    sequence = SingleSequence(model)
+    rows = [sequence.extend(ids[:prompt])]
+    rows += [sequence.extend([token]) for token in ids[prompt:]]
     return np.stack(rows)
 
 

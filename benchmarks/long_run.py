@@ -22,7 +22,7 @@ from transformers import Phi3ForCausalLM as HFModel
 
 import phi3c
 from phi3c.config import Phi3Config
-from phi3c.engine.session import Session
+from phi3c.runtime.single_sequence import SingleSequence
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,11 +54,11 @@ def main() -> None:
             max_batch_size=1,
             context_length=args.tokens,
         )
-        session = Session(phi3c.load(artifact.path))
+        sequence = SingleSequence(phi3c.load(artifact.path))
         start = time.perf_counter()
-        found = [session.extend(ids[: switch - 6])]
+        found = [sequence.extend(ids[: switch - 6])]
         for token in ids[switch - 6 :]:
-            found.append(session.extend([token]))
+            found.append(sequence.extend([token]))
         seconds = time.perf_counter() - start
         tensor = torch.tensor([ids])
         before = oracle(tensor[:, :switch], logits_to_keep=7, use_cache=False).logits[0]

@@ -28,9 +28,9 @@ from .errors import ContextLengthError, InputError, Phi3CError
 
 if TYPE_CHECKING:
     from .converter import Progress
-    from .engine.generate import Generation
+    from .engine.answer import Answer
+    from .engine.engine import Engine
     from .engine.sampler import SamplingParams
-    from .engine.session import Session
     from .engine.tokenizer import Tokenizer
     from .runtime.compiled import CompiledPhi3
 
@@ -129,23 +129,26 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .engine.generate import Generation
+    from .engine.answer import Answer
+    from .engine.grammar import grammar_from_options
+    from .engine.request import Request
     from .engine.tokenizer import Tokenizer
 
     # What can be wrong is looked at before a checkpoint is compiled.
     text = _prompt_text(args)
+    grammar = grammar_from_options(args.json_schema, args.regex, args.choice)
     folder = _model_folder(args)
     tokenizer = Tokenizer.from_folder(folder)
     params = _sampling_params(args, folder)
-    prompt_ids = _prompt_ids(args, tokenizer, text)
-    generation = Generation(_session(args, folder), tokenizer, prompt_ids, params)
-    _show(generation, args.json)
+    request = Request(_prompt_ids(args, tokenizer, text), params, grammar=grammar)
+    _show(Answer(_engine(args, folder, tokenizer), request), args.json)
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
     """Answers line by line. A turn that cannot be answered is dropped, and the exit code is 2."""
-    from .engine.generate import Generation
+    from .engine.answer import Answer
+    from .engine.request import Request
     from .engine.tokenizer import Tokenizer
 
     folder = _model_folder(args)
@@ -153,7 +156,7 @@ def _chat(args: argparse.Namespace) -> int:
     if not tokenizer.has_chat_template:
         raise InputError(f"{folder}: no chat template; accepted: `phi3c generate --raw`")
     params = _sampling_params(args, folder)
-    session = _session(args, folder)
+    engine = _engine(args, folder, tokenizer)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages, code = list(system), 0
     while (line := _next_line()) not in (None, "/exit"):
@@ -163,16 +166,15 @@ def _chat(args: argparse.Namespace) -> int:
             continue
         question = {"role": "user", "content": line}
         try:
-            ids = tokenizer.encode_chat([*messages, question])
-            generation = Generation(session, tokenizer, ids, params)
+            answer = Answer(engine, Request([*messages, question], params))
         except (ContextLengthError, InputError) as error:
             _print_error(error)
             code = 2
             continue
         with contextlib.suppress(KeyboardInterrupt):  # stops this answer, not the chat
-            _show(generation, args.json)
-        if generation.token_ids:
-            messages += [question, {"role": "assistant", "content": generation.text}]
+            _show(answer, args.json)
+        if answer.output.token_ids:
+            messages += [question, {"role": "assistant", "content": answer.output.text}]
     return code
 
 
@@ -262,26 +264,27 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _bench_engine(args: argparse.Namespace, model: CompiledPhi3) -> int:
-    from .bench.trace import render, replay, synthetic_trace
-    from .engine.engine import Engine
+    from .bench.engine_loads import bench_engine, render
+    from .bench.machine import Others
 
-    longest = min(args.longest, model.manifest.limits.context_length)
-    if args.requests < 1 or args.rate < 0 or not 0 <= args.shared_prefix <= longest // 2 - 8:
-        raise InputError(
-            f"bench: found --requests {args.requests}, --rate {args.rate:g}, --shared-prefix "
-            f"{args.shared_prefix}; accepted: 1 or more, 0 or more, 0 to {longest // 2 - 8} "
-            "(half of --longest, less 8)"
+    others = Others()
+    with _progress(args) as progress:
+        tables = bench_engine(
+            model,
+            args.batch,
+            args.requests,
+            args.rate,
+            args.shared_prefix,
+            args.longest,
+            progress,
         )
-    vocab = model.config.vocab_size
-    trace = synthetic_trace(vocab, args.requests, args.rate, args.shared_prefix, longest)
-    replay(Engine(model), trace[:2], "warm", None)
-    replays = [
-        replay(Engine(model), trace, name, at_once)
-        for name, at_once in (("one at a time", 1), ("together", None))
-    ]
+    share = others.share()
     if not args.json:
-        print(render(replays))
-    print(json.dumps([asdict(result) for result in replays]))
+        print(render(tables))
+        if share is not None:
+            print(f"other processes took {share:.1%} of the CPU time")
+    found = {title: [asdict(result) for result in replays] for title, replays in tables.items()}
+    print(json.dumps(found | {"others": share}))
     return 0
 
 
@@ -307,16 +310,28 @@ def _model_folder(args: argparse.Namespace) -> Path:
     return path
 
 
-def _session(args: argparse.Namespace, folder: Path) -> Session:
-    """Loads the artifact in `folder`, or the one that its checkpoint is compiled to."""
-    from .engine.session import Session
+def _engine(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Engine:
+    """Of the artifact in `folder`, or of the one that its checkpoint is compiled to.
+
+    It has KV pages for one sequence of the whole context.
+    """
+    from .engine.draft_model import DraftModel
+    from .engine.engine import Engine
+    from .engine.prompt_lookup import PromptLookup
+    from .memory import sequence_cache_tokens
     from .runtime.compiled import load
     from .runtime.threads import check_threads
 
     threads = check_threads(args.threads)
+    speculation = PromptLookup() if args.prompt_lookup else None
+    if args.draft is not None:
+        speculation = DraftModel(load(Path(args.draft).expanduser(), threads=threads))
     if not _is_artifact(folder):
         folder = _compiled(args, folder)
-    return Session(load(folder, threads=threads))
+    model = load(folder, threads=threads)
+    page_size = 16
+    room = sequence_cache_tokens(model.manifest, page_size)
+    return Engine(model, tokenizer, room, page_size, speculation=speculation)
 
 
 def _compiled(args: argparse.Namespace, source: Path) -> Path:
@@ -384,16 +399,17 @@ def _sampling_params(args: argparse.Namespace, folder: Path) -> SamplingParams:
     return SamplingParams(**defaults | given, stop=args.stop, ignore_eos=args.ignore_eos)
 
 
-def _show(generation: Generation, as_json: bool) -> None:
+def _show(answer: Answer, as_json: bool) -> None:
     """Streams the text and ends its last line, or prints one JSON object when all is done."""
 
-    from .describe import generation_facts
+    from .describe import answer_facts
 
     def end() -> None:
-        print(json.dumps(generation_facts(generation)) if as_json else "", flush=True)
+        answer.close()  # Ctrl-C may have come between two steps
+        print(json.dumps(answer_facts(answer)) if as_json else "", flush=True)
 
     try:
-        for piece in generation:
+        for piece in answer:
             if not as_json:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -500,6 +516,10 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE", help="- is stdin")
     made.add_argument("--raw", action="store_true", help="no chat template")
+    answer = made.add_argument_group("grammar (pip install 'phi3c[grammar]')")
+    answer.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that follows it")
+    answer.add_argument("--regex", metavar="RE", help="the whole answer matches it")
+    answer.add_argument("--choice", action="append", default=[], metavar="TEXT", help="repeatable")
     _add_model_options(made)
 
     made = command("chat", _chat, "answer line by line; /reset forgets, /exit ends")
@@ -523,11 +543,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
     made.add_argument("--profile", action="store_true", help="the time by kernel as well")
     made.add_argument(
-        "--engine", action="store_true", help="replay arriving requests through the engine instead"
+        "--engine",
+        action="store_true",
+        help="run the engine instead: --batch requests together, a shared prefix, a trace",
     )
     made.add_argument("--requests", type=int, default=32, metavar="N", help="of the trace (32)")
     made.add_argument(
-        "--rate", type=float, default=0, metavar="R", help="arrivals a second (0: all at once)"
+        "--rate",
+        type=float,
+        metavar="R",
+        help="arrivals a second (0: all at once; without: that, then 70 %% of what it answers)",
     )
     made.add_argument(
         "--shared-prefix", type=int, default=64, metavar="N", help="tokens of every third (64)"
@@ -586,4 +611,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="S", help="(fresh randomness)")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
     group.add_argument("--ignore-eos", action="store_true")
+    group = parser.add_argument_group("speculation (the same answers, sooner if guesses are right)")
+    guesses = group.add_mutually_exclusive_group()
+    guesses.add_argument("--prompt-lookup", action="store_true", help="guess by the text so far")
+    guesses.add_argument("--draft", metavar="ARTIFACT", help="guess by a small model")
     _add_compile_options(parser)

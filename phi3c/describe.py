@@ -11,7 +11,7 @@ from .memory import memory
 from .weights import checkpoint_shapes
 
 if TYPE_CHECKING:
-    from .engine.generate import Generation
+    from .engine.answer import Answer
     from .verify import Report
 
 
@@ -95,23 +95,24 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def generation_facts(generation: Generation) -> dict[str, Any]:
+def answer_facts(answer: Answer) -> dict[str, Any]:
     """Tokens per second are those of the model; null where there is nothing to measure."""
 
     def rate(tokens: int, seconds: float) -> float | None:
         return tokens / seconds if tokens > 0 and seconds > 0 else None
 
-    decoded = len(generation.token_ids) - 1  # the first one comes with the prefill
+    output = answer.output
+    decoded = len(output.token_ids) - 1  # the first one comes with the prefill
     return {
-        "prompt_tokens": len(generation.prompt_ids),
-        "text": generation.text,
-        "token_ids": generation.token_ids,
-        "finish_reason": generation.finish_reason,
-        "prefill_tokens": generation.prefill_tokens,
-        "prefill_seconds": generation.prefill_seconds,
-        "prefill_tokens_per_second": rate(generation.prefill_tokens, generation.prefill_seconds),
-        "decode_seconds": generation.decode_seconds,
-        "decode_tokens_per_second": rate(decoded, generation.decode_seconds),
+        "prompt_tokens": len(answer.handle.prompt_ids),
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "prefill_tokens": answer.prefill_tokens,
+        "prefill_seconds": answer.prefill_seconds,
+        "prefill_tokens_per_second": rate(answer.prefill_tokens, answer.prefill_seconds),
+        "decode_seconds": answer.decode_seconds,
+        "decode_tokens_per_second": rate(decoded, answer.decode_seconds),
     }
 
 

@@ -49,6 +49,18 @@ def default_cache_tokens(limits: Limits) -> int:
     return min(8192, limits.max_batch_size * limits.context_length)
 
 
+def sequence_cache_tokens(manifest: Manifest, page_size: int) -> int:
+    """Tokens of KV pages that one sequence of the whole context can fill.
+
+    The runtime keeps window + chunk tokens of a sliding window; both ends may lie within a page.
+    """
+    limits, window = manifest.limits, manifest.config.sliding_window
+    pages = -(-limits.context_length // page_size)
+    if window is not None:
+        pages = min(pages, -(-(window + limits.prefill_chunk_size) // page_size) + 2)
+    return pages * page_size
+
+
 def in_units(size: int) -> str:
     """7.64 GB; small sizes in MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

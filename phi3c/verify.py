@@ -19,11 +19,11 @@ import numpy as np
 
 from .artifact import MANIFEST, WEIGHTS_MANIFEST, Artifact, ConvertedWeights
 from .config import Phi3Config
-from .engine.session import Session
 from .errors import CheckpointError, InputError
 from .quantization.scheme import Scheme, parse_scheme
 from .reference import reference_logits
 from .runtime.compiled import load
+from .runtime.single_sequence import SingleSequence
 from .sources import ConfigFile, Source, resolve_source
 
 REACH = 4  # tokens on either side of a boundary
@@ -108,7 +108,7 @@ def verify(
     scheme = parse_scheme(artifact.manifest.quantization)
     name, logits = _oracle(oracle, source, scheme)
     tolerance = scheme.tolerance
-    session = Session(load(path, threads=threads))
+    sequence = SingleSequence(load(path, threads=threads))
     rng = np.random.default_rng(seed)
     plan = list(_plan(artifact))
     checks = []
@@ -116,7 +116,7 @@ def verify(
         if progress:
             progress("verify", done, len(plan))
         ids = rng.integers(0, config.vocab_size, prompt).tolist()
-        ids, found = _run(session, ids, end, SMALL_CHUNK if case == "chunks of 7" else None)
+        ids, found = _run(sequence, ids, end, SMALL_CHUNK if case == "chunks of 7" else None)
         first = len(ids) - len(found)
         expected = _expected(logits, config, ids, first)
         checks.append(_compare(boundary, at, case, first, found, expected, tolerance))
@@ -145,17 +145,17 @@ def _plan(artifact: Artifact) -> Iterator[tuple[str, int, str, int, int]]:
 
 
 def _run(
-    session: Session, prompt: list[int], end: int, chunk: int | None
+    sequence: SingleSequence, prompt: list[int], end: int, chunk: int | None
 ) -> tuple[list[int], np.ndarray]:
     """Prefills, then decodes greedily to `end` tokens; the logits of each step `[steps, vocab]`."""
-    session.rewind(0)
+    sequence.clear()
     ids, chunk = list(prompt), chunk or len(prompt)
     for start in range(0, len(ids), chunk):
-        logits = session.extend(ids[start : start + chunk])
+        logits = sequence.extend(ids[start : start + chunk])
     steps = [logits]
     while len(ids) < end:
         ids.append(int(steps[-1].argmax()))
-        steps.append(session.extend(ids[-1:]))
+        steps.append(sequence.extend(ids[-1:]))
     return ids, np.stack(steps)
 
 

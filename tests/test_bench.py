@@ -128,10 +128,22 @@ def test_replay_answers_every_request(model, at_once):
 
 def test_engine_command(model, capsys):
     path = str(model.compiled.artifact.path)
-    argv = ["bench", path, "--engine", "--requests", "4", "--shared-prefix", "8"]
+    argv = ["bench", path, "--engine", "--requests", "4", "--shared-prefix", "8", "--batch", "3"]
     assert main([*argv, "--longest", "60", "--threads", "1"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
-    assert [r["name"] for r in json.loads(last)] == ["one at a time", "together"]
-    assert any(line.startswith("together") for line in table)
+    facts = json.loads(last)
+    names = {title: [r["name"] for r in facts[title]] for title in list(facts)[:3]}
+    assert names["concurrent"] == ["one at a time", "3 together"]
+    assert names["shared prefix"] == ["1 of 128+16", "3 of 128+16"]  # the context is 256
+    assert names["trace"][0] == "all at once" and names["trace"][1].endswith("a second")
+    for title, replays in names.items():
+        for name in (title, *replays):
+            assert any(line.startswith(name) for line in table)
+    one, three = (r["metrics"] for r in facts["shared prefix"])
+    assert one["computed_tokens"] == 128 + 16 + 7
+    assert three["computed_tokens"] == 128 + 3 * (16 + 7) and three["cached_tokens"] == 2 * 128
+    assert main([*argv, "--rate", "50", "--json"]) == 0
+    [only] = json.loads(capsys.readouterr().out)["trace"]
+    assert only["name"] == "50 a second"
     assert main([*argv, "--longest", "20"]) == 2
     assert "--shared-prefix 8; accepted:" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from test_generate import CONTEXT, MODEL, VOCAB, write_tokenizer
 
 from phi3c.cli import main
-from phi3c.engine.session import Session
+from phi3c.runtime.compiled import CompiledPhi3
 
 COMPILE = ["--quantization", "q0f32", "--context-length", str(CONTEXT), "--max-batch-size", "2"]
 COMPILE += ["--prefill-chunk-size", "16"]
@@ -309,7 +309,7 @@ def test_defaults_of_the_generation_config(ok, checkpoint, artifact, tmp_path):
     [
         (["-p", ""], "--prompt: found nothing; accepted: some text"),
         (["--prompt-file", "/nowhere/prompt"], "--prompt-file /nowhere/prompt: cannot be read"),
-        (["-p", "the cat " * 99], f"up to {CONTEXT}"),
+        (["-p", "the cat " * 99], f"up to {CONTEXT - 1}"),
         (["-p", "a\udcff"], "lone surrogate"),
         (["-p", "a", "--raw", "--system", "b"], "--system: found with --raw"),
         (["-p", "a", "--temperature", "-1"], "temperature: found -1.0"),
@@ -355,23 +355,23 @@ def test_without_a_template_the_prompt_is_raw(ok, fails, artifact, tmp_path):
 
 
 def test_failures_that_are_not_the_users(fails, run, artifact, monkeypatch):
-    def fail(self, ids):
+    def fail(self, *args):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(Session, "resume", fail)
+    monkeypatch.setattr(CompiledPhi3, "batch_prefill", fail)
     argv = ("generate", artifact, "-p", "a")
     assert fails(1, "RuntimeError: two lines (--verbose tells more)", *argv, "--json") == ""
     code, _, err = run(*argv, "--verbose")
     assert code == 1 and err.startswith("Traceback") and 'raise RuntimeError("two' in err
     assert err.splitlines()[-1].startswith("phi3c: error: RuntimeError: two lines")
 
-    def interrupt(self, ids):
+    def interrupt(self, *args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "resume", interrupt)
+    monkeypatch.setattr(CompiledPhi3, "batch_prefill", interrupt)
     assert run(*argv) == (130, "\n", "")
     code, out, _ = run(*argv, "--json")
-    assert code == 130 and answers(out)[0]["finish_reason"] is None
+    assert code == 130 and answers(out)[0]["finish_reason"] == "cancelled"
 
 
 # Artifacts kept for checkpoints
@@ -490,12 +490,12 @@ def test_chat(ok, artifact, monkeypatch):
 
 
 def test_chat_reuses_the_cache(ok, artifact, monkeypatch):
-    """Beyond the LongRoPE switch, where every turn begins with what the last one held."""
+    """Beyond the LongRoPE switch, where every turn finds the whole pages of the last one."""
     system = ("--system", "you are a cat that sat on the mat and ran to the man")
     type_in(monkeypatch, "hello\nhow are you\n")
     first, second = answers(ok("chat", artifact, *GREEDY, *system, "--max-tokens", 6, "--json"))
     assert first["prefill_tokens"] == first["prompt_tokens"] > 32
-    assert second["prefill_tokens"] <= second["prompt_tokens"] - first["prompt_tokens"]
+    assert second["prefill_tokens"] <= second["prompt_tokens"] - first["prompt_tokens"] // 16 * 16
 
 
 def test_chat_goes_on_after_a_turn_that_cannot_be(run, artifact, monkeypatch):
@@ -509,18 +509,18 @@ def test_chat_goes_on_after_a_turn_that_cannot_be(run, artifact, monkeypatch):
 
 
 def test_chat_ctrl_c_stops_the_answer_only(ok, artifact, monkeypatch):
-    extend, calls = Session.extend, []
+    decode, calls = CompiledPhi3.decode, []
 
-    def interrupt(self, ids):
-        calls.append(ids)
+    def interrupt(self, *args):
+        calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return extend(self, ids)
+        return decode(self, *args)
 
-    monkeypatch.setattr(Session, "extend", interrupt)
+    monkeypatch.setattr(CompiledPhi3, "decode", interrupt)
     type_in(monkeypatch, "hello\nthe cat sat\n")
     first, second = answers(ok("chat", artifact, *GREEDY, "--max-tokens", 8, "--json"))
-    assert first["finish_reason"] is None and len(first["token_ids"]) == 4
+    assert first["finish_reason"] == "cancelled" and len(first["token_ids"]) == 4
     assert second["finish_reason"] == "length" and len(second["token_ids"]) == 8
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
+
 import numpy as np
 import pytest
 from conftest import longrope
@@ -13,10 +16,11 @@ from phi3c.engine.engine import Engine
 from phi3c.engine.request import Handle, Request
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.scheduler import deal
-from phi3c.engine.session import Session
 from phi3c.errors import CacheFullError, ContextLengthError, InputError
+from phi3c.runtime.single_sequence import SingleSequence
 
 OPTIONS = dict(max_batch_size=4, prefill_chunk_size=24, context_length=120)
+MOST_STEPS = 3000  # of any test here
 # name → fields that differ from conftest.BASE: plain, across the LongRoPE switch, with a window
 MODELS = {
     "engine-plain": dict(),
@@ -48,13 +52,13 @@ def request(prompt, max_tokens: int, **options) -> Request:
 
 def alone(model, prompt: list[int], n: int) -> list[int]:
     """Greedy tokens of one sequence in a cache of its own."""
-    session, out = Session(model), []
-    logits = session.resume(prompt)
+    sequence, out = SingleSequence(model), []
+    logits = sequence.extend(prompt)
     while True:
         out.append(int(logits.argmax()))
         if len(out) == n:
             return out
-        logits = session.extend(out[-1:])
+        logits = sequence.extend(out[-1:])
 
 
 def check_pages(engine: Engine) -> None:
@@ -74,10 +78,12 @@ def check_pages(engine: Engine) -> None:
 
 def run_all(engine: Engine) -> list[Handle]:
     done = []
-    while not engine.idle:
+    for _ in range(MOST_STEPS):
+        if engine.idle:
+            return done
         done += engine.step()
         check_pages(engine)
-    return done
+    raise AssertionError("no end: sequences send each other back")
 
 
 LENGTHS = [1, 5, 16, 17, 30, 40, 25, 64, 3]
@@ -142,6 +148,90 @@ def test_priority_goes_first_and_takes_the_place_of_others(plain):
     run_all(engine)
     for i, handle in enumerate(low):
         assert handle.outputs[0].token_ids == alone(plain, random_ids(20, seed=i), 40)
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_priority_takes_the_pages_of_others(plain, prefix_cache):
+    """Only as many as it needs, the latest first; then those go on, and never take them back."""
+    engine = Engine(plain, max_total_seq_len=10 * 16, prefix_cache=prefix_cache)
+    low = [engine.submit(request(random_ids(60, seed=i), 20)) for i in range(2)]
+    for _ in range(8):
+        engine.step()
+    assert all(handle.outputs[0].token_ids for handle in low)
+    equal = engine.submit(request(random_ids(60, seed=8), 5))
+    high = engine.submit(request(random_ids(60, seed=9), 10, priority=1))
+    while not high.done:
+        engine.step()
+        check_pages(engine)
+        assert high in {s.handle for s in engine._scheduler.running} or high.done
+        assert not equal.outputs[0].token_ids
+    assert engine.metrics().preemptions == 1 and not low[1].done
+    run_all(engine)
+    for i, handle in enumerate([*low, equal, high]):
+        ids = random_ids(60, seed=(0, 1, 8, 9)[i])
+        assert handle.outputs[0].token_ids == alone(plain, ids, (20, 20, 5, 10)[i])
+    assert engine.metrics().preemptions == 1
+
+
+def test_nobody_is_sent_back_in_vain(plain):
+    """Where the pages of all lower priorities would not do, they stay where they are."""
+    engine = Engine(plain, max_total_seq_len=8 * 16)
+    first = engine.submit(request(random_ids(80), 10, priority=2))
+    low = engine.submit(request(random_ids(10, seed=1), 30))
+    for _ in range(5):
+        engine.step()
+    high = engine.submit(request(random_ids(50, seed=2), 5, priority=1))
+    engine.step()
+    assert {s.handle for s in engine._scheduler.running} == {first, low}
+    run_all(engine)
+    assert high.outputs[0].token_ids == alone(plain, random_ids(50, seed=2), 5)
+
+
+def test_a_prefix_that_comes_with_others_is_computed_once(plain):
+    """Those that arrive together with the first wait for its pages, and others pass them."""
+    engine = Engine(plain)
+    prefix = random_ids(64)
+    handles = [engine.submit(request([*prefix, 5 + i, 6], 3)) for i in range(3)]
+    other = engine.submit(request(random_ids(10, seed=1), 1))
+    engine.step()
+    assert other.done
+    run_all(engine)
+    assert engine.metrics().computed_tokens == 64 + 3 * (2 + 2) + 10
+    for i, handle in enumerate(handles):
+        assert handle.outputs[0].token_ids == alone(plain, [*prefix, 5 + i, 6], 3)
+        assert handle.cached_tokens == (0 if i == 0 else 64)
+
+
+def test_waiting_digests_nothing_twice(plain, monkeypatch):
+    engine = Engine(plain, max_total_seq_len=8 * 16)
+    engine.submit(request(random_ids(70), 40))
+    handle = engine.submit(request(random_ids(70, seed=1), 10))
+    calls, digest = [], hashlib.blake2b
+
+    def counted(data, **options):
+        calls.append(data)
+        return digest(data, **options)
+
+    monkeypatch.setattr("phi3c.engine.prefix_cache.hashlib.blake2b", counted)
+    for _ in range(20):
+        engine.step()
+    assert len(calls) == len(set(calls)) <= 4 + 4 and not handle.outputs[0].token_ids
+    run_all(engine)
+
+
+def test_times_are_counted(plain):
+    engine = Engine(plain)
+    for i in range(3):
+        engine.submit(request(random_ids(10, seed=i), 5, n=1 + i, params={"temperature": 1.0}))
+    start = time.perf_counter()
+    run_all(engine)
+    seconds, metrics = time.perf_counter() - start, engine.metrics()
+    assert metrics.first_tokens == 3 and metrics.later_tokens == 6 * 4
+    assert metrics.generated_tokens == 6 * 5
+    assert 0 < metrics.time_to_first_token < seconds
+    assert 0 < metrics.time_per_token <= seconds / 4
+    assert 1 <= metrics.mean_batch <= 4 and 0 < metrics.overhead < 1
+    assert Engine(plain).metrics().time_per_token == 0 == Engine(plain).metrics().overhead
 
 
 def test_a_long_prompt_does_not_block_a_short_one(plain):
@@ -243,16 +333,53 @@ def test_penalties_bias_and_logprobs(plain):
         assert list(top.values()) == sorted(top.values(), reverse=True) and own < 0
 
 
+def window_engine(build_model, **options) -> Engine:
+    built = build_model("engine-window", compile_options=OPTIONS, **MODELS["engine-window"])
+    return Engine(phi3c.load(built.compiled.artifact.path, threads=1), **options)
+
+
 def test_a_prefix_that_left_the_window_is_given_up(build_model):
     """Its first pages are idle behind the window of the sequence that reads its last ones."""
-    built = build_model("engine-window", compile_options=OPTIONS, **MODELS["engine-window"])
-    engine = Engine(phi3c.load(built.compiled.artifact.path, threads=1), max_total_seq_len=80)
+    engine = window_engine(build_model, max_total_seq_len=80)
     prompt = random_ids(49)
     engine.submit(request(prompt, 1))
     run_all(engine)
     handle = engine.submit(request(prompt, 40))
     run_all(engine)
     assert handle.outputs[0].token_ids == alone(engine.model, prompt, 40)
+
+
+def test_a_prompt_finds_the_window_before_it(build_model):
+    """In pages for one sequence: what the first one left behind its window is not needed."""
+    engine = window_engine(build_model, max_total_seq_len=80)
+    prompt = random_ids(90)
+    first = engine.submit(request(prompt, 10))
+    run_all(engine)
+    computed = engine.metrics().computed_tokens
+    more = [*prompt, *first.outputs[0].token_ids[:8], 7, 8, 9]
+    again = engine.submit(request(more, 10))
+    run_all(engine)
+    assert again.cached_tokens == 96
+    assert engine.metrics().computed_tokens == computed + len(more) - 96 + 9
+    assert again.outputs[0].token_ids == alone(engine.model, more, 10)
+    # One that leaves the first's path before the window of what is kept begins anew.
+    other = [*prompt[:40], *random_ids(10, seed=1)]
+    anew = engine.submit(request(other, 10))
+    run_all(engine)
+    assert anew.outputs[0].token_ids == alone(engine.model, other, 10)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_pages_behind_a_window_are_free_though_a_prefix_held_them(build_model, count):
+    """Whole chunks behind known pages: those are given up, and nobody is sent back for them."""
+    engine = window_engine(build_model, max_total_seq_len=80 + 64 * (count - 1))
+    prompts = [[*random_ids(48), *random_ids(60, seed=1 + i)] for i in range(count)]
+    engine.submit(request(random_ids(49), 1))
+    run_all(engine)
+    handles = [engine.submit(request(prompt, 12)) for prompt in prompts]
+    run_all(engine)
+    for handle, prompt in zip(handles, prompts, strict=True):
+        assert handle.outputs[0].token_ids == alone(engine.model, prompt, 12)
 
 
 @settings(max_examples=15, deadline=None)
@@ -266,7 +393,7 @@ def test_any_trace_of_requests(model, data):
         action = data.draw(st.sampled_from(["submit", "submit", "step", "step", "step", "cancel"]))
         if action == "submit":
             length, count = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 20))
-            priority = data.draw(st.integers(0, 1))
+            priority = data.draw(st.integers(0, 2))
             handle = engine.submit(request(random_ids(length), count, priority=priority))
             open_handles.append((handle, length, count))
         elif action == "step":

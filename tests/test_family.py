@@ -19,7 +19,7 @@ from transformers import Phi3ForCausalLM as HFModel
 
 import phi3c
 from phi3c.config import Phi3Config
-from phi3c.engine.session import Session
+from phi3c.runtime.single_sequence import SingleSequence
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("phi-*.json"))
 
@@ -55,7 +55,7 @@ def test_model_of_the_family(path, tmp_path):
         max_batch_size=1,
         context_length=context,
     )
-    session = Session(phi3c.load(artifact.path))
+    sequence = SingleSequence(phi3c.load(artifact.path))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, context)
     # Prefill to just before a boundary, decode across it.
     switch = config.original_max_position_embeddings
@@ -63,7 +63,7 @@ def test_model_of_the_family(path, tmp_path):
         if start + 4 > context:
             continue
         for end in range(start, start + 5):
-            logits = session.resume(ids[:end].tolist())
+            logits = sequence.extend(ids[len(sequence.tokens) : end])
             with torch.no_grad():
                 tensor = torch.tensor(ids[None, :end])
                 expected = oracle(tensor, logits_to_keep=1, use_cache=False).logits[0, 0].numpy()

@@ -1,9 +1,10 @@
-"""Sessions and generation against transformers' generate(), LongRoPE's switch above all."""
+"""One user's answers against transformers' generate(), LongRoPE's switch above all."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from conftest import longrope
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import phi3c
-from phi3c.engine.generate import Generation
+from phi3c.engine.answer import Answer
+from phi3c.engine.engine import Engine
+from phi3c.engine.request import Request
 from phi3c.engine.sampler import SamplingParams
-from phi3c.engine.session import Session
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import ContextLengthError, InputError
+from phi3c.memory import sequence_cache_tokens
+from phi3c.runtime.compiled import CompiledPhi3
 
 ORIGINAL_MAX, CONTEXT, CHUNK, VOCAB = 32, 120, 16, 320
 MODEL = dict(
@@ -77,19 +81,27 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def session(model):
-    return Session(model.compiled)
+def engine(model, tokenizer):
+    return for_one_user(model.compiled, tokenizer)
+
+
+def for_one_user(compiled: CompiledPhi3, tokenizer: Tokenizer) -> Engine:
+    """With the pages that `generate` and `chat` give it."""
+    return Engine(
+        compiled, tokenizer, max_total_seq_len=sequence_cache_tokens(compiled.manifest, 16)
+    )
 
 
 def random_ids(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(7, VOCAB, n).tolist()
 
 
-def finished(*args, **params) -> Generation:
-    generation = Generation(*args, SamplingParams(**params))
-    pieces = list(generation)
-    assert "".join(pieces) == generation.text and all(pieces)
-    return generation
+def finished(engine: Engine, prompt, **params) -> Answer:
+    answer = Answer(engine, Request(prompt, SamplingParams(**params)))
+    pieces = list(answer)
+    assert "".join(pieces) == answer.output.text and all(pieces)
+    assert engine.idle and engine.metrics().pages_used == 0
+    return answer
 
 
 def oracle_tokens(model, prompt: list[int], n: int, eos: int | None = None) -> list[int]:
@@ -104,197 +116,78 @@ def oracle_tokens(model, prompt: list[int], n: int, eos: int | None = None) -> l
     return out[0, len(prompt) :].tolist()
 
 
-# Sessions
-
-
-@pytest.mark.parametrize("length", [1, CHUNK, CHUNK + 1, ORIGINAL_MAX, ORIGINAL_MAX + 1, CONTEXT])
-def test_extend_in_chunks(model, session, length):
-    ids = random_ids(length)
-    model.check(session.extend(ids), model.last_logits(ids))
-    assert session.tokens == ids and session.computed_tokens == length
-
-
-def test_extend_token_by_token_recomputes_once(model, session):
-    ids = random_ids(ORIGINAL_MAX + 8)
-    short, long = model.logits(ids[:ORIGINAL_MAX]), model.logits(ids)
-    session.extend(ids[:20])
-    for n in range(21, len(ids) + 1):
-        logits = session.extend(ids[n - 1 : n])
-        assert logits.shape == (VOCAB,) and logits.dtype == np.float32
-        model.check(logits, (short if n <= ORIGINAL_MAX else long)[n - 1])
-    assert session.computed_tokens == len(ids) + ORIGINAL_MAX
-
-
-@pytest.mark.parametrize(
-    "start, length",
-    [(20, n) for n in (0, 1, 10, 19, 20)] + [(60, n) for n in (0, 1, 10, 32, 33, 45, 60)],
-)
-def test_rewind_then_extend(model, session, start, length):
-    """Back within the short factors, within the long ones, and across the switch."""
-    ids, more = random_ids(start), random_ids(3, seed=1)
-    session.extend(ids)
-    session.rewind(length)
-    assert session.tokens == ids[:length]
-    expected = ids[:length] + more
-    model.check(session.extend(more), model.last_logits(expected))
-    assert session.tokens == expected
-
-
-@pytest.mark.parametrize("before", [0, 10, 31, 50])
-@pytest.mark.parametrize("shared", [0, 9, 30, 45])
-@pytest.mark.parametrize("after", [1, 20, 40])
-def test_resume_is_a_fresh_session(model, session, before, shared, after):
-    common = random_ids(shared)
-    if before:
-        session.extend(common + random_ids(before, seed=1))
-    ids = common + random_ids(after, seed=2)
-    logits = session.resume(ids)
-    fresh = Session(model.compiled).extend(ids)
-    assert np.abs(logits - fresh).max() <= 1e-5 * np.abs(fresh).max()
-    assert session.tokens == ids
-
-
-def test_resume_reuses_what_is_shared(session):
-    ids = random_ids(70)
-    first = session.resume(ids[:60])
-    assert session.computed_tokens == 60
-    session.resume(ids)
-    assert session.computed_tokens == 70
-    again = session.resume(ids[:60])  # all of it is there; the last token gives the logits
-    assert session.computed_tokens == 71
-    assert np.abs(again - first).max() <= 1e-5 * np.abs(first).max()
-
-
-@pytest.mark.parametrize("ids", [[], [VOCAB], [-1], [1.5], ["a"], [True], [2**40]])
-def test_bad_tokens(session, ids):
-    session.extend([7, 8])
-    for call in (session.extend, session.resume):
-        with pytest.raises(InputError, match="tokens"):
-            call(ids)
-    assert session.tokens == [7, 8] and session.computed_tokens == 2
-
-
-def test_too_many_tokens_change_nothing(model, session):
-    ids = random_ids(CONTEXT)
-    session.extend(ids[:-1])
-    for call, n in ((session.extend, 2), (session.resume, CONTEXT + 1)):
-        with pytest.raises(ContextLengthError, match=f"found {n}.* up to {CONTEXT}"):
-            call(random_ids(n))
-    assert session.tokens == ids[:-1]
-    model.check(session.extend(ids[-1:]), model.last_logits(ids))
-    for length in (-1, CONTEXT + 1):
-        with pytest.raises(InputError, match=f"length: found {length}"):
-            session.rewind(length)
-
-
-@pytest.mark.parametrize("after_chunks", [0, 1, 3])
-def test_an_interrupted_call_leaves_a_usable_session(model, session, monkeypatch, after_chunks):
-    ids, embed = random_ids(60), session.model.embed
-    calls = []
-
-    def interrupted(chunk):
-        calls.append(chunk)
-        if len(calls) > after_chunks:
-            raise KeyboardInterrupt
-        return embed(chunk)
-
-    session.extend(ids[:10])
-    monkeypatch.setattr(session.model, "embed", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        session.extend(ids[10:])
-    monkeypatch.undo()
-    assert session.tokens == ids[: CHUNK * after_chunks]  # long factors now: begun anew
-    model.check(session.resume(ids), model.last_logits(ids))
-    session.rewind(20)
-    model.check(session.extend(ids[20:25]), model.last_logits(ids[:25]))
-
-
-def test_sliding_window(build_model):
-    """Pages that leave the window are freed, so that going back far means to recompute."""
-    window = dict(vocab_size=VOCAB, sliding_window=24)
-    model = on_one_thread(build_model("generate-window", compile_options=SMALL, **window))
-    session, ids = Session(model.compiled), random_ids(CONTEXT)
-    expected = model.logits(ids)
-    model.check(session.extend(ids[:70]), expected[69])
-    for n in range(71, CONTEXT + 1):
-        model.check(session.extend(ids[n - 1 : n]), expected[n - 1])
-    computed = session.computed_tokens
-    session.rewind(CONTEXT - 5)
-    model.check(session.extend(ids[-5:-3]), expected[-4])
-    assert session.computed_tokens == computed + 2
-    session.rewind(40)
-    assert session.computed_tokens == computed + 42 and session.tokens == ids[:40]
-    model.check(session.resume(ids[:20] + ids[:9]), model.last_logits(ids[:20] + ids[:9]))
-
-
-# Generation
-
-
 @pytest.mark.parametrize("prompt", [1, 24, ORIGINAL_MAX - 1, ORIGINAL_MAX, ORIGINAL_MAX + 1, 50])
-def test_greedy_is_transformers_generate(model, tokenizer, session, prompt):
+def test_greedy_is_transformers_generate(model, tokenizer, engine, prompt):
     ids = random_ids(prompt, seed=prompt)
     n = 80 - prompt if prompt == 24 else 12
-    generation = finished(session, tokenizer, ids, **GREEDY, max_tokens=n)
-    assert generation.token_ids == oracle_tokens(model, ids, n)
-    assert generation.finish_reason == "length"
-    assert generation.text == tokenizer.decode(generation.token_ids)
-    assert generation.prefill_tokens == prompt
-    assert generation.prefill_seconds > 0 and generation.decode_seconds > 0
+    answer = finished(engine, ids, **GREEDY, max_tokens=n)
+    assert answer.output.token_ids == oracle_tokens(model, ids, n)
+    assert answer.output.finish_reason == "length"
+    assert answer.output.text == tokenizer.decode(answer.output.token_ids)
+    assert answer.prefill_tokens == prompt
+    assert answer.prefill_seconds > 0 and answer.decode_seconds > 0
 
 
-def test_nothing_runs_before_the_iteration(tokenizer, session):
-    generation = Generation(session, tokenizer, random_ids(5), SamplingParams(**GREEDY))
-    assert session.computed_tokens == 0 and generation.finish_reason is None
-    next(iter(generation))
-    assert generation.finish_reason is None and generation.token_ids
+def test_the_switch_recomputes_once(engine):
+    finished(engine, random_ids(20), **GREEDY, max_tokens=ORIGINAL_MAX)
+    computed = 20 + ORIGINAL_MAX - 1
+    assert engine.metrics().computed_tokens == computed + ORIGINAL_MAX
 
 
-def test_end_of_sequence(model, tokenizer, session, tmp_path):
+def test_nothing_runs_before_the_iteration(engine):
+    answer = Answer(engine, Request(random_ids(5), SamplingParams(**GREEDY)))
+    assert engine.metrics().computed_tokens == 0 and answer.output.finish_reason is None
+    next(iter(answer))
+    assert answer.output.finish_reason is None and answer.output.token_ids
+    answer.close()
+    assert answer.output.finish_reason == "cancelled" and not list(answer)
+    assert engine.idle and engine.metrics().pages_used == 0
+
+
+def test_end_of_sequence(model, engine, tmp_path):
     ids = random_ids(24)
-    tokens = finished(session, tokenizer, ids, **GREEDY, max_tokens=40).token_ids
+    tokens = finished(engine, ids, **GREEDY, max_tokens=40).output.token_ids
     end = next(i for i in range(5, 40) if tokens[i] not in tokens[:i])
     write_tokenizer(tmp_path, eos=[2, tokens[end]])
-    ending = Tokenizer.from_folder(tmp_path)
-    generation = finished(session, ending, ids, temperature=0.0, max_tokens=40)
-    assert generation.token_ids == tokens[: end + 1]
-    assert generation.token_ids == oracle_tokens(model, ids, 40, eos=tokens[end])
-    assert generation.finish_reason == "stop"
+    ending = for_one_user(model.compiled, Tokenizer.from_folder(tmp_path))
+    output = finished(ending, ids, temperature=0.0, max_tokens=40).output
+    assert output.token_ids == tokens[: end + 1]
+    assert output.token_ids == oracle_tokens(model, ids, 40, eos=tokens[end])
+    assert output.finish_reason == "stop"
     # The last token that max_tokens allows may be the end too.
-    last = finished(session, ending, ids, temperature=0.0, max_tokens=end + 1)
-    assert last.finish_reason == "stop"
-    ignoring = finished(session, ending, ids, **GREEDY, max_tokens=40)
+    last = finished(ending, ids, temperature=0.0, max_tokens=end + 1)
+    assert last.output.finish_reason == "stop"
+    ignoring = finished(ending, ids, **GREEDY, max_tokens=40).output
     assert ignoring.token_ids == tokens and ignoring.finish_reason == "length"
 
 
-def test_config_ends_too(model, tokenizer, session, monkeypatch):
+def test_config_ends_too(tokenizer, engine, monkeypatch):
     """The model's config names eos 2; here the tokenizer's files name none."""
     monkeypatch.setattr(tokenizer, "_eos_token_ids", frozenset())
-    row = np.zeros(VOCAB, np.float32)
-    row[2] = 9
-    monkeypatch.setattr(session, "extend", lambda ids: row)
-    generation = finished(session, tokenizer, [9, 10, 11], temperature=0.0)
-    assert generation.token_ids[-1] == 2 and generation.finish_reason == "stop"
+    bias = {2: 100.0}
+    output = finished(engine, [9, 10, 11], temperature=0.0, logit_bias=bias).output
+    assert output.token_ids == [2] and output.finish_reason == "stop"
 
 
-def test_stop_strings(tokenizer, session):
+def test_stop_strings(engine):
     ids = random_ids(24)
-    whole = finished(session, tokenizer, ids, **GREEDY, max_tokens=60)
+    whole = finished(engine, ids, **GREEDY, max_tokens=60).output
     stop = whole.text[11:15]
-    stopped = finished(session, tokenizer, ids, **GREEDY, max_tokens=60, stop=("never there", stop))
+    stopped = finished(engine, ids, **GREEDY, max_tokens=60, stop=("never there", stop)).output
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)]
     assert len(stopped.token_ids) < len(whole.token_ids)
     # What could begin a stop string is given back at the end.
-    held = finished(session, tokenizer, ids, **GREEDY, max_tokens=60, stop=(whole.text[-3:] + "!",))
+    held = finished(engine, ids, **GREEDY, max_tokens=60, stop=(whole.text[-3:] + "!",)).output
     assert held.text == whole.text and held.finish_reason == "length"
 
 
-def test_seeds(tokenizer, session):
+def test_seeds(engine):
     ids = random_ids(24)
 
     def sample(seed):
-        return finished(session, tokenizer, ids, seed=seed, max_tokens=30).token_ids
+        return finished(engine, ids, seed=seed, max_tokens=30).output.token_ids
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(None) != sample(None)
@@ -302,37 +195,100 @@ def test_seeds(tokenizer, session):
 
 @pytest.mark.parametrize("prompt", [24, CONTEXT - 1])
 @pytest.mark.parametrize("max_tokens", [None, 10**9])
-def test_until_the_context_is_full(tokenizer, session, prompt, max_tokens):
-    generation = finished(session, tokenizer, random_ids(prompt), **GREEDY, max_tokens=max_tokens)
-    assert len(generation.token_ids) == CONTEXT - prompt
-    assert generation.finish_reason == "length"
+def test_until_the_context_is_full(engine, prompt, max_tokens):
+    output = finished(engine, random_ids(prompt), **GREEDY, max_tokens=max_tokens).output
+    assert len(output.token_ids) == CONTEXT - prompt
+    assert output.finish_reason == "length"
 
 
 @pytest.mark.parametrize(
     "prompt, error, message",
     [
-        ([], InputError, "found none"),
-        ([5, VOCAB], InputError, rf"tokens\[1\]: found {VOCAB}; accepted: 0 to {VOCAB - 1}"),
+        ([], InputError, "found no tokens"),
+        ([5, VOCAB], InputError, rf"prompt\[1\]: found {VOCAB}; accepted: 0 to {VOCAB - 1}"),
         ([7] * CONTEXT, ContextLengthError, f"found {CONTEXT} tokens.*up to {CONTEXT - 1}"),
-        ([7] * (CONTEXT + 9), ContextLengthError, f"found {CONTEXT + 9}; accepted.*{CONTEXT}"),
+        ([7] * (CONTEXT + 9), ContextLengthError, f"found {CONTEXT + 9}.*{CONTEXT - 1}"),
     ],
 )
-def test_bad_prompts(tokenizer, session, prompt, error, message):
+def test_bad_prompts(engine, prompt, error, message):
     with pytest.raises(error, match=message) as caught:
-        Generation(session, tokenizer, prompt, SamplingParams())
-    assert "\n" not in str(caught.value) and session.computed_tokens == 0
+        Answer(engine, Request(prompt, SamplingParams()))
+    assert "\n" not in str(caught.value) and engine.metrics().computed_tokens == 0
 
 
-def test_chat_turns_reuse_the_cache(model, tokenizer, session):
-    """Three turns over the switch; each answer is that of a fresh session."""
-    messages = []
-    for turn, text in enumerate(["hello world", "how are you", "the cat sat"]):
+def test_what_a_request_failed_with_is_raised(engine, monkeypatch):
+    monkeypatch.setattr(
+        "phi3c.engine.sequence.Penalties.apply", lambda self, logits: logits * np.float32("nan")
+    )
+    with pytest.raises(RuntimeError, match="cannot sample: logits hold NaN"):
+        finished(engine, random_ids(5), **GREEDY)
+    assert engine.idle
+
+
+@pytest.mark.parametrize("call", ["embed", "batch_prefill", "decode"])
+def test_an_interrupted_step_leaves_a_usable_engine(model, engine, monkeypatch, call):
+    """Ctrl-C in the middle of a forward: the request is cancelled, its pages are given back."""
+    ids, calls = random_ids(60), []
+    run = getattr(engine.model, call)
+
+    def interrupted(*args):
+        calls.append(call)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(engine.model, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finished(engine, ids, **GREEDY, max_tokens=20)
+    monkeypatch.undo()
+    assert engine.idle and engine.metrics().pages_used == 0
+    again = finished(engine, ids, **GREEDY, max_tokens=20)
+    assert again.output.token_ids == oracle_tokens(model, ids, 20)
+
+
+def turns(engine: Engine, fresh_engine, questions: list[str], max_tokens: int) -> list[Answer]:
+    """The answers of a chat; each is that of a fresh engine to the whole conversation."""
+    messages, answers = [], []
+    for text in questions:
         messages.append({"role": "user", "content": text})
-        prompt = tokenizer.encode_chat(messages)
-        held = len(session)
-        answer = finished(session, tokenizer, prompt, **GREEDY, max_tokens=9)
-        fresh = finished(Session(model.compiled), tokenizer, prompt, **GREEDY, max_tokens=9)
-        assert answer.token_ids == fresh.token_ids
-        if turn == 2:  # long before and after: only what is new was computed
-            assert held > ORIGINAL_MAX and answer.prefill_tokens < len(prompt)
-        messages.append({"role": "assistant", "content": answer.text})
+        answer = finished(engine, list(messages), **GREEDY, max_tokens=max_tokens)
+        fresh = finished(fresh_engine(), list(messages), **GREEDY, max_tokens=max_tokens)
+        assert answer.output.token_ids == fresh.output.token_ids
+        messages.append({"role": "assistant", "content": answer.output.text})
+        answers.append(answer)
+    return answers
+
+
+def test_chat_turns_reuse_the_cache(model, tokenizer, engine):
+    """Three turns over the switch; past it whole pages of the last turn are found again."""
+    questions = ["hello world", "how are you", "the cat sat"]
+    answers = turns(engine, lambda: for_one_user(model.compiled, tokenizer), questions, 9)
+    before, last = answers[1:]
+    held = len(before.handle.prompt_ids) + 8
+    assert held > ORIGINAL_MAX  # long factors then and now
+    shared = common(before.handle.prompt_ids + before.output.token_ids, last.handle.prompt_ids)
+    assert last.handle.cached_tokens == shared // 16 * 16 > 0
+    assert last.prefill_tokens == len(last.handle.prompt_ids) - last.handle.cached_tokens
+
+
+def test_chat_with_a_sliding_window(build_model, tokenizer):
+    """Turns longer than the pages, which hold the window and a chunk, find the window again."""
+    window = dict(vocab_size=VOCAB, sliding_window=24)
+    model = on_one_thread(build_model("generate-window", compile_options=SMALL, **window))
+
+    def new_engine() -> Engine:
+        return for_one_user(model.compiled, tokenizer)
+
+    engine = new_engine()
+    assert engine.metrics().pages_free < CONTEXT // 16
+    answers = turns(engine, new_engine, ["hello", "the cat sat on the mat", "and the dog ran"], 16)
+    for before, answer in pairwise(answers):
+        prompt = answer.handle.prompt_ids
+        shared = common(before.handle.prompt_ids + before.output.token_ids[:-1], prompt)
+        assert answer.handle.cached_tokens == shared // 16 * 16
+        assert answer.output.token_ids == oracle_tokens(model, prompt, 16)
+    assert len(prompt) + 16 > engine._cache.num_pages * 16
+
+
+def common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))

@@ -64,8 +64,7 @@ MAY_IMPORT = {
     "reference": {"config", "errors"},
     "artifact_cache": {"artifact", "compiler", "converter", "errors", "manifest", "sources"}
     | {"targets"},
-    "verify": {"artifact", "config", "engine", "errors", "quantization", "reference", "runtime"}
-    | {"sources"},
+    "verify": {"artifact", "config", "errors", "quantization", "reference", "runtime", "sources"},
     "describe": {"artifact", "config", "engine", "errors", "memory", "verify", "weights"},
     "bench": {
         "engine",

@@ -11,8 +11,8 @@ import pytest
 from conftest import longrope
 from test_parity import decode, new_cache, prefill, tokens
 
-from phi3c.engine.session import Session
 from phi3c.errors import RopeFactorError, SequenceError
+from phi3c.runtime.single_sequence import SingleSequence
 
 ROPE = dict(rope_scaling=longrope(16), original_max_position_embeddings=32)
 WINDOW = dict(sliding_window=16)
@@ -35,11 +35,11 @@ def window_model(build_model):
 
 
 def greedy(model, prompt, total: int, chunk: int | None = None):
-    """Session's greedy tokens up to `total`, each step checked against a full recomputation."""
-    session = Session(model.compiled)
+    """Greedy tokens up to `total`, each step checked against a full recomputation."""
+    sequence = SingleSequence(model.compiled)
     ids = list(map(int, prompt))
     for start in range(0, len(ids), chunk or len(ids)):
-        logits = session.extend(ids[start : start + (chunk or len(ids))])
+        logits = sequence.extend(ids[start : start + (chunk or len(ids))])
     while True:
         expected = model.last_logits(ids)
         model.check(logits, expected)
@@ -47,7 +47,7 @@ def greedy(model, prompt, total: int, chunk: int | None = None):
         if len(ids) == total:
             return ids
         ids.append(int(logits.argmax()))
-        logits = session.extend(ids[-1:])
+        logits = sequence.extend(ids[-1:])
 
 
 def test_prompt_24_decoded_to_80(model):

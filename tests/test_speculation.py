@@ -21,9 +21,9 @@ from phi3c.engine.engine import Engine
 from phi3c.engine.prompt_lookup import PromptLookup, PromptLookupDrafter
 from phi3c.engine.request import Handle
 from phi3c.engine.sequence import Sequence
-from phi3c.engine.session import Session
 from phi3c.engine.speculation import Pace, Speculation, _Costs
 from phi3c.errors import InputError
+from phi3c.runtime.single_sequence import SingleSequence
 
 TOY = Path(__file__).parent.parent / "examples" / "toy"
 VOCAB = 199
@@ -246,7 +246,7 @@ def test_unseeded_samples_follow_the_distribution(plain):
     answers = np.array([output.token_ids for output in handle.outputs])
     for before in ([], [4], [5], [4, 5], [4, 6], [4, 5, 6]):
         found = answers[(answers[:, : len(before)] == before).all(axis=1), len(before)]
-        weights = np.exp(Session(plain).resume([*prompt, *before])[choices] / 4.0)
+        weights = np.exp(SingleSequence(plain).extend([*prompt, *before])[choices] / 4.0)
         expected = weights / weights.sum()
         shares = np.array([(found == token).mean() for token in choices])
         assert found.size > 40 and np.isin(found, choices).all()
@@ -394,7 +394,7 @@ def test_toy_conversations_with_cancellations(toy, make):
     options = PromptLookup(shortest=1, adaptive=False)
     if make is DraftModel:
         options = DraftModel(toy, width=2, adaptive=False)
-    engine = Engine(toy, max_total_seq_len=16 * 32, speculation=options)
+    engine = Engine(toy, max_total_seq_len=16 * 28, speculation=options)
     waiting, handles = prompts(250), []
     while waiting or not engine.idle:
         for _ in range(min(len(waiting), rng.choice([0, 0, 1, 3]))):

@@ -90,26 +90,5 @@ def replay(engine: Engine, trace: Sequence[Arrival], name: str, at_once: int | N
     )
 
 
-def render(replays: Sequence[Replay]) -> str:
-    """A table: throughput, and latencies at the 50th, 90th and 99th percentile."""
-    lines = [
-        f"{'engine':18}{'tokens/s':>10}{'first token, ms':>24}{'a token, ms':>24}"
-        f"{'batch':>7}{'cached':>8}{'preempted':>10}{'overhead':>9}"
-    ]
-    for r in replays:
-        m = r.metrics
-        lines.append(
-            f"{r.name:18}{r.tokens / r.seconds:10.1f}{_percentiles(r.first_token):>24}"
-            f"{_percentiles(r.token):>24}{m.sequence_steps / max(1, m.steps):7.1f}"
-            f"{m.cached_tokens:8}{m.preemptions:10}"
-            f"{1 - m.model_seconds / max(m.step_seconds, 1e-9):9.1%}"
-        )
-    return "\n".join(lines)
-
-
-def _percentiles(seconds: Sequence[float]) -> str:
-    return " / ".join(f"{1e3 * p:.0f}" for p in np.percentile(seconds, [50, 90, 99]))
-
-
 def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
     return round(float(np.exp(rng.uniform(np.log(low), np.log(max(low, high))))))

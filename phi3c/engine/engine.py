@@ -54,7 +54,9 @@ class Engine:
         room = {} if max_total_seq_len is None else {"max_total_seq_len": max_total_seq_len}
         self._cache = model.create_paged_kv_cache(page_size=page_size, **room)
         self._reproducible = reproducible
-        self._prefixes = PrefixCache(self._cache) if prefix_cache else None
+        self._prefixes = None
+        if prefix_cache:
+            self._prefixes = PrefixCache(self._cache, model.config.sliding_window)
         self._scheduler = Scheduler(
             self._cache, self._prefixes, model.config, model.manifest.limits
         )
@@ -89,7 +91,7 @@ class Engine:
             compiled = self.compile_grammar(request.grammar)
         handle = Handle(request, prompt_ids, [Output() for _ in range(request.n)])
         self._arrivals += 1
-        self._scheduler.waiting.append(self._sequence(handle, max_tokens, compiled))
+        self._scheduler.wait(self._sequence(handle, max_tokens, compiled))
         self._submitted[handle] = time.perf_counter()
         self._metrics.requests += 1
         return handle
@@ -255,10 +257,19 @@ class Engine:
         except RuntimeError as error:  # logits, or a grammar, that nothing can be drawn from
             handle.error = error
             return
-        self._metrics.generated_tokens += 1
-        if sequence.index == 0 and len(sequence.output.token_ids) == 1:
-            self._metrics.first_tokens += 1
-            self._metrics.first_token_seconds += time.perf_counter() - self._submitted[handle]
+        self._count_tokens(sequence, 1)
+
+    def _count_tokens(self, sequence: Sequence, count: int) -> None:
+        """So many tokens of a sequence have come at once."""
+        metrics, now = self._metrics, time.perf_counter()
+        metrics.generated_tokens += count
+        if len(sequence.output.token_ids) > count:
+            metrics.later_tokens += count
+            metrics.later_token_seconds += now - sequence.sampled_at
+        elif sequence.index == 0:
+            metrics.first_tokens += 1
+            metrics.first_token_seconds += now - self._submitted[sequence.handle]
+        sequence.sampled_at = now
 
     def _forks(self, sequence: Sequence) -> list[Sequence]:
         """The other samples of a request whose prompt was just computed."""

@@ -16,7 +16,9 @@ import numpy as np
 
 from phi3c.runtime.kv_cache import PagedKVCache
 
-__all__ = ["PrefixCache"]
+__all__ = ["Digests", "PrefixCache"]
+
+Digests = dict[bytes, list[bytes]]  # salt → of each page of a sequence
 
 
 @dataclass
@@ -27,10 +29,18 @@ class _Entry:
 
 
 class PrefixCache:
-    """The pages that it holds, by the digests of their chains."""
+    """The pages that it holds, by the digests of their chains.
 
-    def __init__(self, cache: PagedKVCache) -> None:
+    window: of a model with a sliding window. There a beginning is known if those of its pages are
+    that the token after it sees.
+
+    digests, wherever it is asked for: what the caller keeps for one sequence, empty at first, so
+    that no page of it is digested twice. Its tokens may grow, but not change.
+    """
+
+    def __init__(self, cache: PagedKVCache, window: int | None = None) -> None:
         self._cache = cache
+        self._window = window
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
@@ -46,51 +56,52 @@ class PrefixCache:
         """Pages that nobody else holds."""
         return sum(map(self._is_idle, self._entries.values()))
 
-    def find(self, tokens: Sequence[int], salt: bytes) -> list[int]:
-        """The pages of the longest known beginning of `tokens`, short of their last token."""
-        most = (len(tokens) - 1) // self._cache.page_size
-        pages = []
-        for key in self._keys(tokens, most, salt):
-            entry = self._entries.get(key)
-            if entry is None:
-                break
-            self._entries.move_to_end(key)
-            pages.append(entry.page)
-        return pages
+    def find(self, tokens: Sequence[int], salt: bytes, digests: Digests) -> tuple[int, list[int]]:
+        """The longest known beginning of `tokens`, short of their last one.
 
-    def keep(self, tokens: Sequence[int], dropped: int, pages: Sequence[int], salt: bytes) -> None:
-        """Remember a sequence's full pages; the first of them is its page number `dropped`.
-
-        After pages that left the window, only what continues a known chain can be found again.
+        (pages at its front that its window has left, the pages after them)
         """
-        parent = salt
-        for i, key in enumerate(self._keys(tokens, dropped + len(pages), salt)):
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            elif i < dropped:
-                return
-            else:
-                self._cache.hold_pages([pages[i - dropped]])
-                self._entries[key] = _Entry(pages[i - dropped], parent)
-                if parent in self._entries:
-                    self._entries[parent].children.add(key)
-            parent = key
+        keys, known, end = [], 0, 0
+        for key in self._keys(tokens, (len(tokens) - 1) // self._cache.page_size, salt, digests):
+            keys.append(key)
+            known = known + 1 if key in self._entries else 0
+            if known >= len(keys) - self._unseen(len(keys)):
+                end = len(keys)
+            elif self._window is None:
+                break
+        first = self._unseen(end)
+        for key in keys[first:end]:
+            self._entries.move_to_end(key)
+        return first, [self._entries[key].page for key in keys[first:end]]
+
+    def key(self, tokens: Sequence[int], page: int, salt: bytes, digests: Digests) -> bytes:
+        """What page number `page` of `tokens`, which fill it, is known by."""
+        return list(self._keys(tokens, page + 1, salt, digests))[-1]
+
+    def keep(
+        self,
+        tokens: Sequence[int],
+        dropped: int,
+        pages: Sequence[int],
+        salt: bytes,
+        digests: Digests,
+    ) -> None:
+        """Remember a sequence's full pages; the first of them is its page number `dropped`."""
+        keys = list(self._keys(tokens, dropped + len(pages), salt, digests))
+        for i, page in enumerate(pages, dropped):
+            if keys[i] in self._entries:
+                self._entries.move_to_end(keys[i])
+                continue
+            self._cache.hold_pages([page])
+            parent = keys[i - 1] if i else salt
+            self._entries[keys[i]] = _Entry(page, parent)
+            if parent in self._entries:
+                self._entries[parent].children.add(keys[i])
 
     def evict(self, count: int) -> int:
-        """Gives up to `count` idle pages back to the cache; returns how many.
-
-        An idle page may be followed by pages that a sequence holds, which has left the idle one
-        behind its window: those are forgotten first, and stay the sequence's.
-        """
+        """Gives up to `count` idle pages back to the cache; returns how many."""
         evicted = 0
-        while evicted < count:
-            idle = [key for key, entry in self._entries.items() if self._is_idle(entry)]
-            if not idle:
-                break
-            ends = (key for key in idle if not self._entries[key].children)
-            key = next(ends, idle[0])
-            while children := self._entries[key].children:
-                key = next(iter(children))
+        while evicted < count and (key := self._least_needed()) is not None:
             evicted += self._is_idle(self._entries[key])
             self._forget(key)
         return evicted
@@ -99,6 +110,30 @@ class PrefixCache:
         """Gives every page back."""
         self._cache.drop_pages(self.pages)
         self._entries.clear()
+
+    def _least_needed(self) -> bytes | None:
+        """The next to give up on the way to an idle page, None if there is none.
+
+        The least recently used; of a chain the end, without which the others are still found.
+        Behind a window that is not so: there the front of a chain is the first to be of no use.
+        """
+        inner = None
+        for key, entry in self._entries.items():
+            if self._is_idle(entry):
+                if self._window is not None or not entry.children:
+                    return key
+                inner = inner or key
+        # A sequence with a copy of its own may hold what follows: that stays the sequence's.
+        while inner is not None and (children := self._entries[inner].children):
+            inner = next(iter(children))
+        return inner
+
+    def _unseen(self, pages: int) -> int:
+        """How many of so many pages the token after them does not see."""
+        if self._window is None:
+            return 0
+        size = self._cache.page_size
+        return max(0, (pages * size - self._window + 1) // size)
 
     def _is_idle(self, entry: _Entry) -> bool:
         return self._cache.page_owners(entry.page) == 1
@@ -109,10 +144,13 @@ class PrefixCache:
         if entry.parent in self._entries:
             self._entries[entry.parent].children.discard(key)
 
-    def _keys(self, tokens: Sequence[int], count: int, salt: bytes) -> Iterator[bytes]:
-        size, key = self._cache.page_size, salt
-        ids = np.asarray(tokens[: count * size], np.int32)
-        for start in range(0, count * size, size):
-            own = ids[start : start + size].tobytes()
-            key = hashlib.blake2b(key + own, digest_size=16).digest()
-            yield key
+    def _keys(
+        self, tokens: Sequence[int], count: int, salt: bytes, digests: Digests
+    ) -> Iterator[bytes]:
+        known, size = digests.setdefault(salt, []), self._cache.page_size
+        yield from known[:count]
+        for page in range(len(known), count):
+            before = known[-1] if known else salt
+            own = np.asarray(tokens[page * size : (page + 1) * size], np.int32).tobytes()
+            known.append(hashlib.blake2b(before + own, digest_size=16).digest())
+            yield known[-1]

@@ -65,12 +65,15 @@ class Piece:
 
 @dataclass(eq=False)
 class Handle:
-    """A submitted request. error: why it failed, if it did."""
+    """A submitted request. error: why it failed, if it did. cached_tokens: of its prompt, those
+    found in the prefix cache.
+    """
 
     request: Request
     prompt_ids: list[int]
     outputs: list[Output]
     error: Phi3CError | RuntimeError | None = None
+    cached_tokens: int = 0
     pieces: list[Piece] = field(default_factory=list)  # not taken yet
 
     @property

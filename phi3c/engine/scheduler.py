@@ -4,12 +4,16 @@ Decoding sequences come first, a token each. What is left of the forward's token
 prompts, priority by priority: each gets what it needs up to an equal share, so that a long prompt
 neither blocks short ones nor waits for them. Sequences wait in the order of priority and arrival;
 where pages run out, the last in that order is sent back to wait and computed again later
-(preemption by recompute).
+(preemption by recompute). One that waits takes place and pages of running ones of lower priority,
+never of its equals: so two can not send each other back in turns. One whose beginning a running
+sequence is just computing waits for those pages.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -65,7 +69,7 @@ class Scheduler:
         config: Phi3Config,
         limits: Limits,
     ) -> None:
-        self.waiting: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # in their order
         self.running: list[Sequence] = []
         self.preemptions = self.cached_tokens = 0
         self._cache = cache
@@ -73,6 +77,10 @@ class Scheduler:
         self._config = config
         self._limits = limits
         self._step = 0
+
+    def wait(self, sequence: Sequence) -> None:
+        """It has its turn when there is room."""
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
     def plan(self) -> list[Part]:
         """The parts of the next forward, which `retreat` may make smaller."""
@@ -96,10 +104,17 @@ class Scheduler:
     def retreat(self, parts: Seq[Part]) -> list[Part]:
         """Make room where a forward found too few pages: idle prefixes first, then drafts, then a
         sequence."""
-        if self._prefixes is not None and self._prefixes.evict(len(parts)):
-            return list(parts)
+        if self._prefixes is not None:
+            pages = sum(-(-part.size // self._cache.page_size) for part in parts)
+            if self._prefixes.evict(pages):
+                return list(parts)
         if any(part.draft for part in parts):
             return [replace(part, draft=NO_DRAFT) for part in parts]
+        if self._prefixes is not None and self._config.sliding_window is not None:
+            if len(self._prefixes):
+                # Pages that are about to leave a window are not free while the prefixes hold them.
+                self._prefixes.clear()
+                return list(parts)
         assert len(self.running) > 1, "a request that can never fit was not refused"
         victim = max(self.running, key=lambda s: s.order)
         self.preempt(victim)
@@ -108,8 +123,12 @@ class Scheduler:
     def ran(self, parts: Iterable[Part]) -> None:
         """The forward of these parts is in the cache."""
         for part in parts:
-            part.sequence.computed += part.count
-            part.sequence.served = self._step
+            sequence, prompt = part.sequence, len(part.sequence.handle.prompt_ids)
+            in_prompt = sequence.computed < prompt
+            sequence.computed += part.count
+            sequence.served = self._step
+            if in_prompt:  # others may wait for it
+                self._keep(sequence, min(sequence.computed, prompt))
 
     def accept(self, nodes: Mapping[Part, int]) -> None:
         """Keep, of each part's draft, the path to a node (−1: none of it)."""
@@ -141,38 +160,39 @@ class Scheduler:
             child.served = parent.served
             self.running.append(child)
         else:
-            self.waiting.append(child)
+            self.wait(child)
 
     def preempt(self, sequence: Sequence) -> None:
         """Back to waiting, without pages."""
         self.preemptions += 1
         self.running.remove(sequence)
         self._take_pages(sequence)
-        self.waiting.append(sequence)
+        self.wait(sequence)
 
     def remove(self, sequence: Sequence, keep_prefix: bool = True) -> None:
         """It has ended: its pages are free or kept as a prefix."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        else:
+        if sequence in self.running:
             self.running.remove(sequence)
             self._take_pages(sequence, keep_prefix)
+        else:
+            self.waiting.remove(sequence)
 
     def _in_turn(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         return sorted(sequences, key=lambda s: (s.served, s.order))
 
     def _admit(self) -> None:
-        self.waiting.sort(key=lambda s: s.order)
-        while self.waiting:
-            first = self.waiting[0]
-            if len(self.running) == self._limits.max_batch_size:
-                last = max(self.running, key=lambda s: s.order)
-                if _rank(last) <= _rank(first):
-                    return
-                self.preempt(last)
-                self.waiting.sort(key=lambda s: s.order)
-            elif self.running and not self._has_room(first):
+        held = 0  # whose places nobody behind them takes
+        for first in list(self.waiting):
+            if len(self.running) + held >= self._limits.max_batch_size and not self._below(first):
                 return
+            if self._is_being_computed(first):
+                held += 1
+                continue
+            yielding = self._yielding(first)
+            if yielding is None:
+                return
+            for sequence in yielding:
+                self.preempt(sequence)
             self.waiting.remove(first)
             self.running.append(first)
             self._give_pages(first)
@@ -185,35 +205,93 @@ class Scheduler:
             tokens = min(tokens, kept + 2 * size)  # both ends may lie within a page
         return -(-tokens // size)
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether all its tokens and one more fit now, beside what others hold."""
-        known, room = self._known_prefix(sequence), self._cache.num_free_pages
-        if self._prefixes is not None:
-            room += self._prefixes.num_idle
-            room -= sum(self._cache.page_owners(page) == 1 for page in known)
-        return self.pages_of(len(sequence.tokens) + 1) - len(known) <= room
+    def _yielding(self, sequence: Sequence) -> list[Sequence] | None:
+        """The fewest running ones of lower priority that must go for it to run; None: it waits."""
+        below = sorted(self._below(sequence), key=lambda s: s.order, reverse=True)
+        for count in range(len(below) + 1):
+            left = len(self.running) - count
+            if left == 0:
+                return below
+            if left < self._limits.max_batch_size and self._has_room(sequence, below[:count]):
+                return below[:count]
+        return None
 
-    def _known_prefix(self, sequence: Sequence) -> list[int]:
+    def _below(self, sequence: Sequence) -> list[Sequence]:
+        return [s for s in self.running if _rank(s) > _rank(sequence)]
+
+    def _has_room(self, sequence: Sequence, without: Seq[Sequence]) -> bool:
+        """Whether all its tokens and one more fit beside those of all others but `without`."""
+        known, room = self._known_prefix(sequence)[1], self._cache.num_free_pages
+        needed = self.pages_of(len(sequence.tokens) + 1) - len(known)
+        for other in self.running:
+            if other not in without:  # what it holds, and what it is about to
+                held = len(self._cache.sequence_pages(other.id))
+                needed += max(0, self.pages_of(len(other.tokens) + 1) - held)
+        if needed <= room or self._prefixes is None and not without:
+            return needed <= room
+        owners: Counter[int] = Counter()
+        for other in without:
+            owners.update(self._cache.sequence_pages(other.id))
+        if self._prefixes is not None:
+            owners.update(self._prefixes.pages)  # one more each
+        owners.subtract(dict.fromkeys(known, len(self.running) + 1))  # those stay
+        return needed <= room + sum(n == self._cache.page_owners(p) for p, n in owners.items())
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether a running one that does not go after it is to compute its next page too."""
         if self._prefixes is None:
-            return []
+            return False
+        dropped, pages = self._known_prefix(sequence)
+        at, long = dropped + len(pages), self._config.needs_long_factors(len(sequence.tokens))
+        end, key = (at + 1) * self._cache.page_size, None
+        if end >= len(sequence.tokens):
+            return False
+        for other in self.running:
+            if other.long_factors != long or _rank(other) > _rank(sequence):
+                continue
+            if other.computed < end <= len(other.handle.prompt_ids):
+                key = key or self._digest(sequence, at, long)
+                if self._digest(other, at, long) == key:
+                    return True
+        return False
+
+    def _digest(self, sequence: Sequence, page: int, long_factors: bool) -> bytes:
+        return self._prefixes.key(sequence.tokens, page, _salt(long_factors), sequence.digests)
+
+    def _known_prefix(self, sequence: Sequence) -> tuple[int, list[int]]:
+        """(pages that left the window, the pages after them)"""
+        if self._prefixes is None:
+            return 0, []
         long = self._config.needs_long_factors(len(sequence.tokens))
-        return self._prefixes.find(sequence.tokens, _salt(long))
+        return self._prefixes.find(sequence.tokens, _salt(long), sequence.digests)
 
     def _give_pages(self, sequence: Sequence) -> None:
         """Add it to the cache, with the pages of a known prefix."""
         long = self._config.needs_long_factors(len(sequence.tokens))
-        pages = self._known_prefix(sequence)
-        self._cache.add_sequence(sequence.id, self._limits.context_length if long else None, pages)
+        dropped, pages = self._known_prefix(sequence)
+        length = self._limits.context_length if long else None
+        self._cache.add_sequence(sequence.id, length, pages, dropped)
         sequence.long_factors = long
-        sequence.computed = len(pages) * self._cache.page_size
+        sequence.computed = (dropped + len(pages)) * self._cache.page_size
         self.cached_tokens += sequence.computed
+        if sequence.index == 0 and not sequence.output.token_ids:
+            sequence.handle.cached_tokens = sequence.computed
 
     def _take_pages(self, sequence: Sequence, keep_prefix: bool = True) -> None:
-        if self._prefixes is not None and keep_prefix:
-            full = self._cache.full_pages(sequence.id)
-            self._prefixes.keep(sequence.tokens, *full, _salt(sequence.long_factors))
+        if keep_prefix:
+            self._keep(sequence, sequence.computed)
         self._cache.remove_sequence(sequence.id)
         sequence.computed = 0
+
+    def _keep(self, sequence: Sequence, tokens: int) -> None:
+        """Its full pages of the first `tokens` are known from now on."""
+        if self._prefixes is None:
+            return
+        dropped, pages = self._cache.full_pages(sequence.id)
+        pages = pages[: max(0, tokens // self._cache.page_size - dropped)]
+        if pages:
+            salt = _salt(sequence.long_factors)
+            self._prefixes.keep(sequence.tokens, dropped, pages, salt, sequence.digests)
 
 
 def deal(budget: int, needs: Seq[int]) -> list[int]:

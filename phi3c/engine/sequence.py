@@ -9,6 +9,7 @@ import numpy as np
 from phi3c.engine.detokenizer import IncrementalDetokenizer
 from phi3c.engine.grammar_state import CompiledGrammar
 from phi3c.engine.penalties import Penalties
+from phi3c.engine.prefix_cache import Digests
 from phi3c.engine.request import Handle, Output, Piece
 from phi3c.engine.sampler import Sampler
 from phi3c.engine.tokenizer import Tokenizer
@@ -20,7 +21,8 @@ class Sequence:
     """tokens: prompt and answer so far; computed: how many of them are in the KV cache.
 
     order: the smaller goes first. long_factors: LongRoPE's set in the cache. served: the last step
-    that computed any of its tokens.
+    that computed any of its tokens; sampled_at: when its last token came. digests: of its pages,
+    for the prefix cache.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class Sequence:
         self.computed = 0
         self.long_factors = False
         self.served = -1
+        self.sampled_at = 0.0
+        self.digests: Digests = {}
         self._max_tokens = max_tokens
         self._eos_token_ids = eos_token_ids
         self._sampler = Sampler(params, stream=index)

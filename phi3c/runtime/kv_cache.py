@@ -71,16 +71,21 @@ class PagedKVCache:
     # Sequences
 
     def add_sequence(
-        self, seq_id: int, max_length: int | None = None, pages: Sequence[int] = ()
+        self,
+        seq_id: int,
+        max_length: int | None = None,
+        pages: Sequence[int] = (),
+        dropped: int = 0,
     ) -> None:
         """An empty sequence, or one that begins with the tokens of held `pages` (`hold_pages`).
 
+        dropped: pages before those, whose tokens have left the sliding window.
         max_length: tokens it may grow to. If that passes original_max_position_embeddings, the
         sequence uses LongRoPE's long factors from its first token; else it may not pass it.
-        Raises SequenceError (exists), ContextLengthError.
+        Raises SequenceError (exists, or the window needs what is dropped), ContextLengthError.
         """
         self._idle("add_sequence")
-        self._table.add(seq_id, max_length, pages)
+        self._table.add(seq_id, max_length, pages, dropped)
 
     def remove_sequence(self, seq_id: int) -> None:
         """Forget a sequence and free the pages that no fork shares. Raises SequenceError."""
@@ -132,6 +137,10 @@ class PagedKVCache:
     def full_pages(self, seq_id: int) -> tuple[int, list[int]]:
         """(pages at the front that left the window, the pages after them that tokens fill)."""
         return self._table.full_pages(seq_id)
+
+    def sequence_pages(self, seq_id: int) -> list[int]:
+        """Every page that a sequence holds."""
+        return self._table.pages(seq_id)
 
     def hold_pages(self, pages: Sequence[int]) -> None:
         """Keeps full pages of a sequence, whatever becomes of it, until `drop_pages`."""
@@ -228,11 +237,9 @@ class PagedKVCache:
             "positions": np.concatenate(
                 [s.base + t.depth for s, t in zip(sequences, trees, strict=True)]
             ),
-            "slots": [
-                table.slot(s, s.base + i)
-                for s, t in zip(sequences, trees, strict=True)
-                for i in range(t.size)
-            ],
+            "slots": np.concatenate(
+                [table.slots(s, s.base, t.size) for s, t in zip(sequences, trees, strict=True)]
+            ),
             "factor_set": np.concatenate(
                 [np.full(t.size, s.long_factors) for s, t in zip(sequences, trees, strict=True)]
             ),

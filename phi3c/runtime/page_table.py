@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..config import Phi3Config
 from ..errors import (
     CacheFullError,
@@ -76,8 +78,11 @@ class PageTable:
         self._max_append = max_append
         self._context_length = context_length
 
-    def add(self, seq_id: int, max_length: int | None, pages: Seq[int] = ()) -> None:
-        """A sequence whose first tokens fill `pages`, which it shares; none: an empty one.
+    def add(
+        self, seq_id: int, max_length: int | None, pages: Seq[int] = (), dropped: int = 0
+    ) -> None:
+        """A sequence whose first tokens fill `dropped` pages that left its window, and then
+        `pages`, which it shares; none: an empty one.
 
         Long factors if `max_length` passes the original context.
         """
@@ -88,9 +93,11 @@ class PageTable:
                 f"{self._context_length}, the context length of this artifact"
             )
         long_factors = self._config.needs_long_factors(max_length or 0)
+        length = (dropped + len(pages)) * self.page_size
+        sequence = Sequence(length, long_factors, list(pages), dropped)
+        self._check_window(seq_id, sequence, length)
         self.pool.share(list(pages))
-        length = len(pages) * self.page_size
-        self.sequences[seq_id] = Sequence(length, long_factors, list(pages))
+        self.sequences[seq_id] = sequence
 
     def remove(self, seq_id: int) -> None:
         """Forget the sequence; pages that nobody shares are free again."""
@@ -205,10 +212,22 @@ class PageTable:
             self._truncate(sequence, sequence.base + len(path))
         return Copy(source, target)
 
+    def pages(self, seq_id: int) -> list[int]:
+        """All that the sequence holds."""
+        return list(self._get(seq_id).pages)
+
     def slot(self, sequence: Sequence, index: int) -> int:
         """Where the index-th token of the sequence lies: page·page_size + offset."""
         page = sequence.pages[index // self.page_size - sequence.dropped]
         return page * self.page_size + index % self.page_size
+
+    def slots(self, sequence: Sequence, first: int, count: int) -> np.ndarray:
+        """Where `count` tokens from the first-th on lie, `[count]`."""
+        if count == 1:  # most often, and then quicker
+            return np.array([self.slot(sequence, first)])
+        index = np.arange(first, first + count)
+        pages = np.asarray(sequence.pages)[index // self.page_size - sequence.dropped]
+        return pages * self.page_size + index % self.page_size
 
     def full_pages(self, seq_id: int) -> tuple[int, list[int]]:
         """(pages that left the window, the pages after them that committed tokens fill)."""

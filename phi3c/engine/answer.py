@@ -1,0 +1,65 @@
+"""The answer to one request that has the engine to itself, and the time it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from phi3c.engine.engine import Engine
+from phi3c.engine.request import Output, Request
+
+__all__ = ["Answer"]
+
+
+class Answer:
+    """Iterating over it runs the engine and gives the text of the first sample in pieces.
+
+    prefill_seconds: of the steps until the first token was sampled; decode_seconds: of all others;
+    the caller's own time is in neither.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        """Runs nothing. Raises as `Engine.submit` does."""
+        self.handle = engine.submit(request)
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._engine = engine
+        self._pieces = self._run()
+
+    @property
+    def output(self) -> Output:
+        return self.handle.outputs[0]
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Of the prompt, those that were not found in the prefix cache."""
+        return len(self.handle.prompt_ids) - self.handle.cached_tokens
+
+    def __iter__(self) -> Iterator[str]:
+        """The pieces that were not taken yet; none is empty.
+
+        What interrupts a step (Ctrl-C) cancels the request; the engine can go on with others.
+        Raises what the request failed with.
+        """
+        return self._pieces
+
+    def close(self) -> None:
+        """End it, if it has not ended; its pages are given back."""
+        self._engine.cancel(self.handle)
+
+    def _run(self) -> Iterator[str]:
+        try:
+            while not self.handle.done:
+                decoding, start = bool(self.output.token_ids), time.perf_counter()
+                self._engine.step()
+                seconds = time.perf_counter() - start
+                if decoding:
+                    self.decode_seconds += seconds
+                else:
+                    self.prefill_seconds += seconds
+                for piece in self.handle.take():
+                    if piece.index == 0:
+                        yield piece.text
+        finally:
+            self.close()
+        if self.handle.error is not None:
+            raise self.handle.error
