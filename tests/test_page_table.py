@@ -576,6 +576,27 @@ def test_a_long_sequence_with_a_window_fits_into_few_pages():
     assert table.length(0) == 64
 
 
+def test_a_sequence_may_begin_behind_its_window():
+    table = new_table(window=5)
+    table.add(0, None)
+    grow(table, 0, 20)
+    dropped, pages = table.full_pages(0)
+    assert (dropped, len(pages)) == (2, 3)
+    before = snapshot(table)
+    with pytest.raises(SequenceError, match="before 20 have left the sliding window of 5"):
+        table.add(1, None, [], 5)
+    assert snapshot(table) == before
+    table.add(1, None, pages[2:], 4)
+    assert table.length(1) == 20 and table.pages(1) == pages[2:]
+    append(table, 1, 3)
+    one, two = table.sequences[0], table.sequences[1]
+    assert table.slots(two, 16, 4).tolist() == [table.slot(one, i) for i in range(16, 20)]
+    assert table.slots(two, 19, 4).tolist() == [table.slot(two, i) for i in range(19, 23)]
+    table.remove(0)
+    table.remove(1)
+    assert table.pool.num_free == table.pool.num_pages
+
+
 def test_a_sequence_grows_past_the_original_context_only_with_long_factors():
     table = new_table(original=12, max_append=16)
     for seq_id, max_length in enumerate([None, 12, 13]):

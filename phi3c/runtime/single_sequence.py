@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import InputError
 from ..memory import sequence_cache_tokens
 from .compiled import CompiledPhi3
 
@@ -34,8 +35,10 @@ class SingleSequence:
         self._cache.add_sequence(_ID)
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens, at least one; logits `[vocab]` float32 of the last of them."""
+        """Append tokens; logits `[vocab]` float32 of the last. Raises InputError for none."""
         ids = [int(token_id) for token_id in ids]
+        if not ids:
+            raise InputError("tokens: found none; accepted: at least one")
         new = ids
         if self._model.config.needs_long_factors(len(self.tokens) + len(ids)) != self._long_factors:
             self._begin_again(long_factors=True)
