@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -394,7 +394,7 @@ def test_toy_conversations_with_cancellations(toy, make):
     options = PromptLookup(shortest=1, adaptive=False)
     if make is DraftModel:
         options = DraftModel(toy, width=2, adaptive=False)
-    engine = Engine(toy, max_total_seq_len=16 * 28, speculation=options)
+    engine = Engine(toy, max_total_seq_len=16 * 32, speculation=options)
     waiting, handles = prompts(250), []
     while waiting or not engine.idle:
         for _ in range(min(len(waiting), rng.choice([0, 0, 1, 3]))):
@@ -404,7 +404,9 @@ def test_toy_conversations_with_cancellations(toy, make):
                 "temperature": rng.choice([0, 1.0]),
                 "seed": len(handles),
             }
-            handles.append(engine.submit(request(prompt.messages(), 24, params=limits)))
+            asked = request(prompt.messages(), 24, params=limits)
+            asked = replace(asked, priority=rng.choice([0, 0, 1]))  # takes pages of others
+            handles.append(engine.submit(asked))
         engine.step()
         if rng.random() < 0.05 and handles:
             engine.cancel(rng.choice(handles[-8:]))
