@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -372,6 +373,38 @@ def test_failures_that_are_not_the_users(fails, run, artifact, monkeypatch):
     assert run(*argv) == (130, "\n", "")
     code, out, _ = run(*argv, "--json")
     assert code == 130 and answers(out)[0]["finish_reason"] == "cancelled"
+
+
+def test_generate_follows_a_grammar(ok, fails, artifact, tmp_path):
+    argv = (
+        "generate",
+        artifact,
+        "-p",
+        "hello",
+        "--temperature",
+        2,
+        "--seed",
+        3,
+        "--max-tokens",
+        40,
+    )
+    assert ok(*argv, "--choice", "a cat", "--choice", "the dog") in ("a cat\n", "the dog\n")
+    [answer] = answers(ok(*argv, "--regex", "(ha){2,4}!", "--json"))
+    assert re.fullmatch("(ha){2,4}!", answer["text"]) and answer["finish_reason"] == "stop"
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [1, 2]}')
+    assert ok(*argv, "--json-schema", schema) in ("1\n", "2\n")
+    fails(2, "found --json-schema and --regex", *argv, "--regex", "a", "--json-schema", schema)
+    fails(2, "--json-schema: ", *argv, "--json-schema", tmp_path / "gone")
+    fails(2, "regex: ", *argv, "--regex", "(a")
+
+
+def test_speculation_changes_no_answer(ok, fails, artifact, tmp_path):
+    argv = ("generate", artifact, "-p", "the cat the cat", *GREEDY, "--max-tokens", 30)
+    plain = ok(*argv)
+    assert ok(*argv, "--prompt-lookup") == ok(*argv, "--draft", artifact) == plain
+    fails(2, "not allowed with argument", *argv, "--prompt-lookup", "--draft", artifact)
+    fails(2, "no such folder", *argv, "--draft", tmp_path / "gone")
 
 
 # Artifacts kept for checkpoints
