@@ -2,9 +2,9 @@
 
     python benchmarks/speculation.py ARTIFACT [--draft ARTIFACT] [--batch 1] [--tokens 128]
 
-Answers are samples out of an alphabet of a few random tokens (a bias forbids all others, so any
-weights will do): out of one, every guess of a prompt lookup is right; out of many, hardly any is;
-"all" is the whole vocabulary, where nothing ever matches. A draft model guesses the answers of
+Answers are samples out of an alphabet of a few random tokens (a bias puts them first and top_k
+forbids all others, so any weights will do): out of one, every guess of a prompt lookup is right;
+out of many, hardly any is; "all" is the whole vocabulary, where nothing ever matches. A draft model guesses the answers of
 the whole vocabulary, greedily and sampled at temperature 1; without --draft the artifact is its
 own, which shows how often guesses are right, not a gain. With and without take turns, and give the
 same tokens but for near ties (phi3c/engine/speculation.py). The last line is JSON.
@@ -79,7 +79,8 @@ def sampling(model: phi3c.CompiledPhi3, alphabet: int | None) -> dict:
     if alphabet is None:
         return _FLAT
     tokens = np.random.default_rng(0).choice(model.config.vocab_size, alphabet, replace=False)
-    return _FLAT | {"logit_bias": {int(token): _BIAS for token in tokens}}
+    bias = {int(token): _BIAS for token in tokens}
+    return _FLAT | {"logit_bias": bias, "top_k": alphabet}
 
 
 def measure(
