@@ -4,7 +4,7 @@ One function per command; each imports what it needs, so that `--help` is fast. 
 1 failed (this system cannot do it now, `verify` found wrong logits, a bug), 2 refused (a mistake in
 what was asked, a file that is not what it should be), 130 interrupted, 143 terminated.
 Errors are one line on stderr; --verbose puts the traceback before it. This is the only module that
-reads the environment; runtime/threads.py sets how TVM's workers wait in it.
+reads the environment.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .config import Phi3Config
 from .errors import ArtifactError, ConfigError
 from .tensor_file import TensorInfo
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TEXT_FILES = (
     "config.json",
     "generation_config.json",

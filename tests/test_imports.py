@@ -70,6 +70,7 @@ MAY_IMPORT = {
         "engine",
         "errors",
         "kernels",
+        "linker",
         "manifest",
         "memory",
         "runtime",

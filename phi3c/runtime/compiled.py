@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ..manifest import Manifest
 from ..memory import default_cache_tokens, memory
 from .host import check_cpu, check_memory
 from .kv_cache import PagedKVCache
-from .threads import check_threads, use_threads
+from .threads import ThreadPool, check_threads
 
 Array = np.ndarray | Sequence | Tensor
 
@@ -47,7 +48,8 @@ class CompiledPhi3:
     """The functions of DESIGN's table. Inputs are numpy arrays, lists or TVM tensors.
 
     Forward functions run inside `with cache.forward(...)` and return (output, cache); n is the sum
-    of that forward's append lengths. Raises InputError for inputs of another shape.
+    of that forward's append lengths. Raises InputError for inputs of another shape. Not for two
+    Python threads at once; load the artifact twice for that, which shares weights and threads.
     """
 
     def __init__(self, artifact: Artifact, threads: int):
@@ -55,12 +57,13 @@ class CompiledPhi3:
         self.threads = threads
         self._device = tvm.cpu(0)
         self._mapped = artifact.map_parameters()
-        use_threads(threads)
         try:
             library = tvm.runtime.load_module(str(artifact.library))
         except Exception as err:
             reason = str(err).strip().splitlines()[-1]
             raise ArtifactError(f"{artifact.library}: cannot be loaded: {reason}") from None
+        self._pool = ThreadPool(artifact.library)
+        weakref.finalize(self, self._pool.end)
         self._vm = VirtualMachine(library, self._device)
         self._functions = {name: self._vm[name] for name in self.manifest.functions}
         self._parameters = tvm.runtime.convert(
@@ -213,7 +216,7 @@ class CompiledPhi3:
         return self._call(name, {s.name: values[s.name] for s in inputs}, cache.pages), cache
 
     def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
-        use_threads(self.threads)
+        self._pool.use(self.threads)
         info = self.manifest.functions[name]
         args = [inputs[spec.name] for spec in info.inputs]
         # Copied: kernels may load whole vectors, so their inputs must be aligned as TVM aligns.
