@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "triple": set(),
+    "hub": {"config", "errors"},
     "tensor_file": {"errors"},
     "manifest": {"config", "errors", "tensor_file"},
     "artifact": {"errors", "manifest", "tensor_file"},
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "targets": {"kernels", "errors"},
     "linker": {"errors", "targets", "triple"},
     "weights": {"config", "errors", "quantization"},
-    "sources": {"artifact", "config", "errors", "manifest", "quantization", "weights"},
+    "sources": {"artifact", "config", "errors", "hub", "manifest", "quantization", "weights"},
     "packing": {"config", "errors", "kernels", "model", "quantization", "tensor_file", "weights"},
     "converter": {"artifact", "config", "errors", "kernels", "manifest", "output_folder", "packing"}
     | {"quantization", "sources", "targets", "tensor_file"},
