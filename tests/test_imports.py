@@ -37,14 +37,15 @@ MAY_IMPORT = {
     "triple": set(),
     "hub": {"config", "errors"},
     "tensor_file": {"errors"},
-    "manifest": {"config", "errors", "tensor_file"},
+    "adapters": {"config", "errors"},
+    "manifest": {"adapters", "config", "errors", "tensor_file"},
     "artifact": {"errors", "manifest", "tensor_file"},
     "output_folder": {"artifact", "errors", "memory"},
     "memory": {"manifest", "tensor_file"},
     # compile wing
     "kernels": set(),
     "quantization": {"kernels", "errors"},
-    "model": {"config", "kernels", "quantization", "errors"},
+    "model": {"adapters", "config", "kernels", "quantization", "errors"},
     "passes": set(),
     "pipeline": {"passes"},
     "targets": {"kernels", "errors"},
@@ -54,10 +55,10 @@ MAY_IMPORT = {
     "packing": {"config", "errors", "kernels", "model", "quantization", "tensor_file", "weights"},
     "converter": {"artifact", "config", "errors", "kernels", "manifest", "output_folder", "packing"}
     | {"quantization", "sources", "targets", "tensor_file"},
-    "compiler": {"artifact", "config", "converter", "errors", "linker", "manifest", "model"}
-    | {"output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
+    "compiler": {"adapters", "artifact", "config", "converter", "errors", "linker", "manifest"}
+    | {"model", "output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
-    "runtime": {"artifact", "config", "errors", "manifest", "memory", "triple"},
+    "runtime": {"adapters", "artifact", "config", "errors", "manifest", "memory", "triple"},
     "engine": {"runtime", "config", "errors", "artifact", "manifest"},
     "serve": {"engine", "runtime", "config", "errors", "artifact"},
     # above both wings
