@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "triple": set(),
     "hub": {"config", "errors"},
     "tensor_file": {"errors"},
-    "adapters": {"config", "errors"},
+    "adapters": {"config", "errors", "hub"},
     "manifest": {"adapters", "config", "errors", "tensor_file"},
     "artifact": {"errors", "manifest", "tensor_file"},
     "output_folder": {"artifact", "errors", "memory"},
