@@ -86,7 +86,7 @@ def _compile(args: argparse.Namespace) -> int:
     from .describe import human_size
 
     start = time.perf_counter()
-    options = _given(args, (*_COMPILE_OPTIONS, "seed")) | _converted_scheme(args)
+    options = _given(args, (*_COMPILE_OPTIONS, "merge_adapter", "seed")) | _converted_scheme(args)
     with _progress(args) as progress:
         artifact = compile(args.source, output=args.output, progress=progress, **options)
     seconds = time.perf_counter() - start
@@ -502,6 +502,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("-o", "--output", required=True, metavar="DIR")
     _add_compile_options(made)
+    made.add_argument(
+        "--merge-adapter",
+        metavar="PATH",
+        help="LoRA adapter (folder, repo id) to add to the weights",
+    )
     made.add_argument("--seed", type=_seed, help="of random weights (0)")
 
     made = command("convert", _convert, "convert weights alone, to compile from later")

@@ -12,6 +12,8 @@ import tvm
 from tvm import relax
 from tvm.relax.frontend import nn
 
+from .adapters.peft_files import adapter_folder, read_adapter
+from .adapters.weights import AdapterWeights
 from .artifact import LIBRARY, Artifact, file_sha256, write_manifest
 from .config import Phi3Config
 from .converter import Progress, check_config, weights_work
@@ -40,6 +42,7 @@ def compile(
     max_loras: int = 0,
     max_rank: int = 16,
     *,
+    merge_adapter: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -51,7 +54,10 @@ def compile(
     name. output: new or empty folder, or an artifact to replace. max_batch_size: sequences in a
     forward; prefill_chunk_size: new tokens in a forward; context_length: tokens in a sequence, by
     default 4096 or the config's max_position_embeddings if that is less. max_loras, max_rank:
-    adapter slots; this version compiles none. progress: called with (stage, done, total).
+    adapter slots; this version compiles none. merge_adapter: folder or repo id of a LoRA adapter
+    that becomes a part of the weights, W + B A before they are quantized; what a .gguf file stores
+    quantized is rounded again where the adapter changes it. progress: called with (stage, done,
+    total).
 
     Raises the errors of phi3c.errors before any work where it can; nothing is left at `output`
     unless the artifact is whole.
@@ -69,12 +75,16 @@ def compile(
         return _limits(config, max_batch_size, context_length, prefill_chunk_size)
 
     def accept(config: Phi3Config) -> None:
+        nonlocal adapter
         limits_of(config)
         check_config(config, scheme, place.kernels, output)
+        if merge_adapter is not None:
+            adapter = read_adapter(adapter_folder(merge_adapter), config)
 
+    adapter: AdapterWeights | None = None
     found = resolve_source(source, seed, accept)
     limits = limits_of(found.config)
-    work = weights_work(found, scheme, place.kernels)
+    work = weights_work(found, scheme, place.kernels, adapter)
     with new_folder(output) as folder:
         report("lower", 0, 1)
         library = compile_library(found.config, scheme, place, limits, folder / LIBRARY)

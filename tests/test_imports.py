@@ -24,6 +24,7 @@ COMPILE_WING = {
     "weights",
     "sources",
     "packing",
+    "merged_weights",
     "converter",
     "compiler",
 }
@@ -53,7 +54,9 @@ MAY_IMPORT = {
     "weights": {"config", "errors", "quantization"},
     "sources": {"artifact", "config", "errors", "hub", "manifest", "quantization", "weights"},
     "packing": {"config", "errors", "kernels", "model", "quantization", "tensor_file", "weights"},
-    "converter": {"artifact", "config", "errors", "kernels", "manifest", "output_folder", "packing"}
+    "merged_weights": {"adapters", "config", "quantization", "weights"},
+    "converter": {"adapters", "artifact", "config", "errors", "kernels", "manifest"}
+    | {"merged_weights", "output_folder", "packing"}
     | {"quantization", "sources", "targets", "tensor_file"},
     "compiler": {"adapters", "artifact", "config", "converter", "errors", "linker", "manifest"}
     | {"model", "output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
