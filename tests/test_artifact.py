@@ -234,12 +234,12 @@ def test_a_missing_folder_or_manifest_is_refused(tmp_path):
         ("3", "not the manifest of a phi3c artifact"),
         ("{}", "not the manifest of a phi3c artifact"),
         ('{"manifest_version": 3, "name": "x"}', "not the manifest of a phi3c artifact"),
-        ('{"format": "phi3c"}', "format_version: found None; accepted: 2"),
-        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 2. Make it again"),
-        ('{"format": "phi3c", "format_version": 1}', "found 1; accepted: 2. Make it again"),
-        ('{"format": "phi3c", "format_version": 2}', "edited by hand or damaged"),
-        (signed({"format": "phi3c", "format_version": 2}), "broken manifest"),
-        (signed({"format": "phi3c-weights", "format_version": 2}), "not the manifest of a phi3c"),
+        ('{"format": "phi3c"}', "format_version: found None; accepted: 3"),
+        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 3. Make it again"),
+        ('{"format": "phi3c", "format_version": 1}', "found 1; accepted: 3. Make it again"),
+        ('{"format": "phi3c", "format_version": 3}', "edited by hand or damaged"),
+        (signed({"format": "phi3c", "format_version": 3}), "broken manifest"),
+        (signed({"format": "phi3c-weights", "format_version": 3}), "not the manifest of a phi3c"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path, text, message):

@@ -27,7 +27,10 @@ Shape = tuple[int, ...]
 
 
 def target_shape(config: Phi3Config, target: str) -> tuple[int, int]:
-    """(out, in) of a target's weight. Rows of qkv_proj: q, k, v heads; of gate_up_proj: gate, up."""
+    """(out, in) of a target's weight.
+
+    Rows of qkv_proj: q heads, k heads, v heads; of gate_up_proj: gate, up.
+    """
     c = config
     heads = c.num_attention_heads * c.head_dim
     return {

@@ -18,6 +18,7 @@ from ..config import Phi3Config
 from ..errors import ArtifactError, InputError, TargetError
 from ..manifest import Manifest
 from ..memory import default_cache_tokens, memory
+from .adapter_pools import AdapterPools
 from .host import check_cpu, check_memory
 from .kv_cache import PagedKVCache
 from .threads import check_threads, use_threads
@@ -29,8 +30,8 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     """Loads an artifact folder.
 
     device: `cpu`, or None for the artifact's own. threads: CPU threads, None for all physical
-    cores. Raises ArtifactError (broken, changed, or for another CPU) and OutOfMemoryError (weights
-    and workspace do not fit) before anything of it runs.
+    cores. Raises ArtifactError (broken, changed, or for another CPU) and OutOfMemoryError (weights,
+    workspace and slots for adapters do not fit) before anything of it runs.
     """
     artifact = Artifact.open(path)
     if device not in (None, "cpu"):
@@ -38,7 +39,10 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     threads = check_threads(threads)
     check_cpu(artifact)
     needed = memory(artifact.manifest, max_total_seq_len=0)
-    check_memory(str(path), {"weights": needed.weights, "workspace": needed.workspace})
+    parts = {"weights": needed.weights, "workspace": needed.workspace}
+    if needed.adapters:
+        parts["adapters"] = needed.adapters
+    check_memory(str(path), parts)
     artifact.check_library()
     return CompiledPhi3(artifact, threads)
 
@@ -66,6 +70,9 @@ class CompiledPhi3:
         self._parameters = tvm.runtime.convert(
             [tvm.runtime.from_dlpack(array) for array in self._mapped.values()]
         )
+
+        layout = self.manifest.adapters
+        self.adapter_pools = layout and AdapterPools(layout, self.config, self._device)
 
     @property
     def manifest(self) -> Manifest:
@@ -210,6 +217,12 @@ class CompiledPhi3:
             raise InputError(f"{name}: found {len(lengths)} sequences; accepted: one")
         embed = self._activations("input_embed", input_embed, name, sum(lengths))
         values = {"input_embed": embed, **extra, **cache.forward_inputs()}
+        if (slots := cache.forward_token_slot) is not None:
+            ranks = self.adapter_pools.row_ranks(slots)
+            if ranks.any():
+                name = f"{name}_with_adapters"
+                values |= {"adapter_slot": slots, "adapter_rank": ranks}
+                inputs = self.manifest.functions[name].inputs
         return self._call(name, {s.name: values[s.name] for s in inputs}, cache.pages), cache
 
     def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
@@ -220,6 +233,8 @@ class CompiledPhi3:
         args = [a if isinstance(a, Tensor) else tvm.runtime.tensor(a) for a in args]
         if info.takes_pages:
             args.append(pages)
+        if info.takes_adapters:
+            args.append(self.adapter_pools.tensors)
         if info.takes_parameters:
             args.append(self._parameters)
         return self._functions[name](*args)
