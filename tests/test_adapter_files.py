@@ -76,6 +76,17 @@ def deltas_of_peft(folder: Path, split: bool) -> Deltas:
     return deltas
 
 
+def merged_by_peft(checkpoint: Path, folder: Path, split: bool) -> HFModel:
+    """The checkpoint's model with PEFT's deltas added to its weights."""
+    model = HFModel.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for (layer, target), delta in deltas_of_peft(folder, split).items():
+            block = model.model.layers[layer]
+            block = block.self_attn if target in ("qkv_proj", "o_proj") else block.mlp
+            getattr(block, target).weight += torch.from_numpy(delta)
+    return model
+
+
 def check(folder: Path, split: bool) -> AdapterWeights:
     """Asserts that what is read is what PEFT computes."""
     read, expected = read_adapter(folder, CONFIG), deltas_of_peft(folder, split)

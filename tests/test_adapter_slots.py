@@ -90,7 +90,7 @@ def test_random_traces(slots, data):
                 with pytest.raises(AdapterInUseError, match=f"found {count} running request"):
                     found.unload(name)
                 continue
-            found.unload(name)
+            assert found.unload(name) == history.slot(name)
             del history.loaded[name]
         elif event == "release":
             if not history.requests(name):

@@ -22,8 +22,12 @@ class Slots:
 
     def __init__(self) -> None:
         self.written: list[tuple[int, PackedAdapter]] = []
+        self.cleared: list[int] = []
 
-    def write(self, slot: int, adapter: PackedAdapter) -> None:
+    def clear(self, slot: int) -> None:
+        self.cleared.append(slot)
+
+    def write_packed(self, slot: int, adapter: PackedAdapter) -> None:
         self.written.append((slot, adapter))
 
 
@@ -133,6 +137,7 @@ def test_a_failed_load_changes_nothing(folders, tmp_path):
     assert adapters.adapters() == [first] and adapters.acquire("a") == 0
     adapters.release("a")
     adapters.unload("a")
+    assert pools.cleared == [0]
     again = adapters.load(folders[0], "a")
     assert again.digest == first.digest and again.generation > first.generation
 
@@ -145,7 +150,7 @@ def test_a_slot_that_could_not_be_written_is_not_used(folders, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pools, "write", fail)
+        patch.setattr(pools, "write_packed", fail)
         with pytest.raises(KeyboardInterrupt):
             adapters.acquire("a")
     assert adapters.acquire("a") == 0 and len(pools.written) == 1

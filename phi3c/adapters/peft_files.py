@@ -286,7 +286,8 @@ def _read(linear: _Linear, file, path: Path, scales: PeftScales) -> tuple[LowRan
 def _tensor(file, key: str, path: Path, digest) -> np.ndarray:
     """As float32; its bytes go into the digest."""
     array = file.get_tensor(key)
-    digest.update(f" {array.dtype} ".encode() + array.tobytes())
+    digest.update(f" {array.dtype} ".encode())
+    digest.update(array.view(np.uint8))
     values = array.astype(np.float32)
     if not np.isfinite(values).all():
         raise AdapterError(f"{path}: {key}: found NaN or infinite values")

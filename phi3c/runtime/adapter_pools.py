@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
-
 import numpy as np
 import tvm
 
-from ..adapters.layout import AdapterLayout, layer_targets, pack_a, pack_b
+from ..adapters.layout import AdapterLayout, layer_targets
+from ..adapters.packed import PackedAdapter, pack_adapter
+from ..adapters.weights import AdapterWeights
 from ..config import Phi3Config
 from ..errors import InputError
-
-
-class LowRank(Protocol):
-    """One module's part of an adapter, A `[r, in]` and B `[out, r]`, its scale in B."""
-
-    a: np.ndarray
-    b: np.ndarray
-
-
-class AdapterWeights(Protocol):
-    """rank: the largest of its modules; low_rank: by (layer, target), those that it adapts."""
-
-    rank: int
-    low_rank: Mapping[tuple[int, str], LowRank]
 
 
 class AdapterPools:
@@ -56,16 +41,20 @@ class AdapterPools:
         nothing has changed.
         """
         self._check(weights)
+        self.write_packed(slot, pack_adapter(weights, self.layout.dtype))
+
+    def write_packed(self, slot: int, adapter: PackedAdapter) -> None:
+        """The same for what is packed in the pools' dtype, of at most max_rank."""
         self._ranks[slot] = 0  # until it is whole
-        rank, dtype = self.layout.max_rank, self.layout.dtype
         for i, key in enumerate(layer_targets(self._config)):
             a, b = self._arrays[2 * i][slot], self._arrays[2 * i + 1][slot]
-            if key in weights.low_rank:
-                a[:] = pack_a(weights.low_rank[key].a, rank, dtype)
-                b[:] = pack_b(weights.low_rank[key].b, rank, dtype)
-            else:
-                a[:], b[:] = 0, 0
-        self._ranks[slot] = weights.rank
+            rank = 0
+            if key in adapter.pairs:
+                own_a, own_b = adapter.pairs[key]
+                rank = len(own_a)
+                a[:rank], b[:, :rank] = own_a, own_b
+            a[rank:], b[:, rank:] = 0, 0
+        self._ranks[slot] = adapter.rank
 
     def clear(self, slot: int) -> None:
         """Empties a slot: its rows are those of the base model."""

@@ -77,14 +77,19 @@ class AdapterSlots:
         self._entries[name] = _Entry(self._generations, pinned)
         return self._generations
 
-    def unload(self, name: str) -> None:
-        """Forgets a name and frees its slot. Raises AdapterError, AdapterInUseError."""
+    def unload(self, name: str) -> int | None:
+        """Forgets a name, and returns the slot that it leaves, if any.
+
+        Raises AdapterError, AdapterInUseError.
+        """
         entry = self._entry(name)
         if entry.requests:
             count = f"{entry.requests} running request" + "s" * (entry.requests > 1)
             raise AdapterInUseError(f"adapter {name!r}: found {count} of it; accepted: none")
+        slot = entry.slot
         self._vacate(entry)
         del self._entries[name]
+        return slot
 
     def acquire(self, name: str) -> tuple[int, bool] | None:
         """(slot, whether the adapter must be written to it) for one more request.

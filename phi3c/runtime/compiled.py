@@ -21,6 +21,7 @@ from ..memory import default_cache_tokens, memory
 from .adapter_pools import AdapterPools
 from .host import check_cpu, check_memory
 from .kv_cache import PagedKVCache
+from .loaded_adapters import Adapter, LoadedAdapters
 from .threads import check_threads, use_threads
 
 Array = np.ndarray | Sequence | Tensor
@@ -73,6 +74,7 @@ class CompiledPhi3:
 
         layout = self.manifest.adapters
         self.adapter_pools = layout and AdapterPools(layout, self.config, self._device)
+        self._adapters = LoadedAdapters(self.config, layout, self.adapter_pools)
 
     @property
     def manifest(self) -> Manifest:
@@ -115,6 +117,39 @@ class CompiledPhi3:
             page_size,
             support_sliding_window,
         )
+
+    def load_adapter(self, source: str | Path, name: str, pinned: bool = False) -> Adapter:
+        """Loads a LoRA adapter that PEFT saved: a folder, or a Hugging Face repo id (owner/name).
+
+        More may be loaded than the artifact has slots: they wait in memory, and one that is
+        acquired takes the slot of one that is not in use, the least recently used first. A pinned
+        one keeps its slot. Another thread than the one that runs forwards may load. Raises
+        AdapterError (files that are broken, not supported or do not fit; a name that is taken; no
+        slots), and CheckpointError where the hub does not give the files; nothing has changed then.
+        """
+        return self._adapters.load(source, name, pinned)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets a loaded adapter. Raises AdapterError, and AdapterInUseError while it is
+        acquired."""
+        self._adapters.unload(name)
+
+    def adapters(self) -> Sequence[Adapter]:
+        """What is loaded, in the order of loading."""
+        return self._adapters.adapters()
+
+    def acquire_adapter(self, name: str) -> int | None:
+        """Puts an adapter into a slot, if it is in none, and keeps it there until it is released
+        as often as acquired. Returns the slot, for `cache.forward(token_slot=...)`.
+
+        None where every slot is in use or pinned. Not inside a forward, nor in another thread than
+        forwards. Raises AdapterError.
+        """
+        return self._adapters.acquire(name)
+
+    def release_adapter(self, name: str) -> None:
+        """Takes back one acquire. Raises AdapterError if there is none."""
+        self._adapters.release(name)
 
     def embed(self, input_ids: Array) -> Tensor:
         """Token ids `[n]` → `[1, n, hidden]`."""

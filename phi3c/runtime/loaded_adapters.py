@@ -11,13 +11,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from ..adapters.layout import TARGETS, AdapterLayout
 from ..adapters.packed import PackedAdapter, pack_adapter
 from ..adapters.peft_files import adapter_folder, read_adapter
 from ..config import Phi3Config
 from ..errors import AdapterError
+from .adapter_pools import AdapterPools
 from .adapter_slots import AdapterSlots
 
 
@@ -40,16 +40,12 @@ class Adapter:
     digest: str
 
 
-class Pools(Protocol):
-    """Where slots are: runtime/adapter_pools.py."""
-
-    def write(self, slot: int, adapter: PackedAdapter) -> None: ...
-
-
 class LoadedAdapters:
     """layout: None for an artifact without slots, which refuses every call but `adapters`."""
 
-    def __init__(self, config: Phi3Config, layout: AdapterLayout | None, pools: Pools | None):
+    def __init__(
+        self, config: Phi3Config, layout: AdapterLayout | None, pools: AdapterPools | None
+    ):
         self._config = config
         self._layout = layout
         self._pools = pools
@@ -90,8 +86,10 @@ class LoadedAdapters:
         """Raises AdapterError for an unknown name, AdapterInUseError while requests run."""
         self._with_slots()
         with self._lock:
-            self._slots.unload(name)
+            slot = self._slots.unload(name)
             del self._loaded[name]
+            if slot is not None:
+                self._pools.clear(slot)
 
     def adapters(self) -> Sequence[Adapter]:
         """In the order of loading."""
@@ -111,7 +109,7 @@ class LoadedAdapters:
             slot, must_write = grant
             if must_write:
                 try:
-                    self._pools.write(slot, self._loaded[name][1])
+                    self._pools.write_packed(slot, self._loaded[name][1])
                 except BaseException:  # the slot holds half of it
                     self._slots.abandon(name)
                     raise
