@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,3 +134,30 @@ def test_an_adapter_that_does_not_fit_changes_nothing(adapters, model, tmp_path)
         model.load_adapter(tmp_path, "b")
     assert [adapter.name for adapter in model.adapters()] == ["a"]
     check(adapters, ["four"], [slot])
+
+
+def test_loading_beside_forwards(adapters, model):
+    """Another thread loads and unloads all the while; rows stay those of their adapters."""
+    model.load_adapter(adapters.folders["four"], "a")
+    slot, errors, stop = model.acquire_adapter("a"), [], threading.Event()
+
+    def load_others() -> None:
+        try:
+            while not stop.is_set():
+                for name, folder in adapters.folders.items():
+                    model.load_adapter(folder, name)
+                    model.unload_adapter(name)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=load_others)
+    thread.start()
+    try:
+        model.load_adapter(adapters.folders["sixteen"], "b")
+        for _ in range(3):
+            check(adapters, ["four", "sixteen"], [slot, model.acquire_adapter("b")])
+            model.release_adapter("b")
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors
