@@ -305,6 +305,7 @@ def refused(folder: Path, *parts: str, config: Phi3Config = CONFIG, max_rank=Non
         ("lora_alpha", 10**400, "1000"),
         ("alpha_pattern", {"o_proj": None}, "null"),
         ("alpha_pattern", {"(": 1}, '"("'),
+        ("alpha_pattern", {"(?i)o_proj": 1}, '"(?i)o_proj" (global flags'),
         ("use_rslora", "yes", '"yes"'),
     ],
 )

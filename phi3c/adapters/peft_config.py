@@ -84,13 +84,13 @@ def _scales(config: Mapping[str, Any]) -> PeftScales:
     if "r" in config:
         _rank("r", config["r"])
     for pattern, rank in _patterns(config, "rank_pattern"):  # the tensors' own ranks are used
-        _rank(f"rank_pattern: {pattern}", rank)
+        _rank(f"rank_pattern: {_show(pattern)}", rank)
     if "lora_alpha" not in config:
         raise _refusal("lora_alpha", "nothing", "a number (required)")
     return PeftScales(
         alpha=_number("lora_alpha", config["lora_alpha"]),
         alphas=tuple(
-            (pattern, _number(f"alpha_pattern: {pattern}", alpha))
+            (pattern, _number(f"alpha_pattern: {_show(pattern)}", alpha))
             for pattern, alpha in _patterns(config, "alpha_pattern")
         ),
         rslora=_flag(config, "use_rslora"),
@@ -128,7 +128,7 @@ def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[str, Any]]:
         raise _refusal(field, _show(patterns), "an object of patterns of module names")
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            re.compile(_whole(pattern))
         except (re.error, RecursionError, OverflowError) as err:
             raise _refusal(field, f"{_show(pattern)} ({err})", "regular expressions") from None
     return list(patterns.items())
@@ -136,7 +136,11 @@ def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[str, Any]]:
 
 def _matches(pattern: str, module: str) -> bool:
     """Whether it is the end of the name, from a dot on, or all of it: PEFT's rule."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return re.match(_whole(pattern), module) is not None
+
+
+def _whole(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def _rank(field: str, value: Any) -> None:

@@ -85,11 +85,11 @@ def read_adapter(folder: Path, config: Phi3Config, max_rank: int | None = None) 
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Module:
-    """A linear that PEFT adapted. rows: which of the target's output rows are its own.
+    """A linear that PEFT adapted, of that name in the base model.
 
-    keys: of its tensors by side, A and B.
+    rows: which of the target's output rows are its own; keys: of its tensors by side, A and B.
     """
 
     name: str
@@ -97,9 +97,8 @@ class _Module:
     linear: str
     target: str
     rows: slice
-    shape: tuple[int, int]
+    rank: int
     keys: dict[str, str]
-    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class _Linear:
 
     layer: int
     target: str
-    shape: tuple[int, int]
+    out_features: int
     modules: tuple[_Module, ...]
 
     @property
@@ -132,29 +131,31 @@ def _check_file(path: Path) -> None:
 
 
 def _modules(file, path: Path, config: Phi3Config) -> list[_Module]:
-    """Of all tensors, whose names and shapes fit the model."""
-    known = {linear: (target, rows) for target, linear, rows in _linears(config)}
-    modules: dict[str, _Module] = {}
+    """Of all tensors, whose names and shapes fit the model. Raises AdapterError."""
+    linears = {linear: (target, rows) for target, linear, rows in _linears(config)}
+    keys: dict[tuple[str, int, str], dict[str, str]] = {}  # by name, layer and linear
     left_over = []
     for key in file.keys():
         match = _KEY.fullmatch(key)
-        target, rows = known.get(match["linear"], (None, None)) if match else (None, None)
-        if target is None or _BLOCK_OF[target] != match["block"]:
+        known = match and match["linear"] in linears
+        if not known or match["block"] != _BLOCK_OF[linears[match["linear"]][0]]:
             left_over.append(key)
             continue
-        name, layer, linear = match["module"], int(match["layer"]), match["linear"]
+        layer = int(match["layer"])
         if layer >= config.num_hidden_layers:
             raise AdapterError(
                 f"{path}: {key}: found layer {layer}; accepted: 0 to "
                 f"{config.num_hidden_layers - 1}, the layers of this model"
             )
+        keys.setdefault((match["module"], layer, match["linear"]), {})[match["side"]] = key
+    _refuse_left_over(left_over, path, matched=bool(keys))
+    modules = []
+    for (name, layer, linear), sides in keys.items():
+        target, rows = linears[linear]
         shape = (rows.stop - rows.start, target_shape(config, target)[1])
-        made = _Module(name, layer, linear, target, rows, shape, {})
-        modules.setdefault(name, made).keys[match["side"]] = key
-    _refuse_left_over(left_over, path, matched=bool(modules))
-    for module in modules.values():
-        _check_module(module, file, path)
-    return list(modules.values())
+        rank = _checked_rank(sides, shape, file, path)
+        modules.append(_Module(name, layer, linear, target, rows, rank, sides))
+    return modules
 
 
 def _linears(config: Phi3Config) -> Iterator[tuple[str, str, slice]]:
@@ -192,17 +193,15 @@ def _refuse_left_over(keys: Sequence[str], path: Path, matched: bool) -> None:
         )
 
 
-def _check_module(module: _Module, file, path: Path) -> None:
-    """Sets its rank. Raises AdapterError."""
+def _checked_rank(keys: dict[str, str], shape: tuple[int, int], file, path: Path) -> int:
+    """Of the tensors of a linear `[out, in]`. keys: by side. Raises AdapterError."""
     for side, other in (("A", "B"), ("B", "A")):
-        if side not in module.keys:
-            missing = module.keys[other].replace(f"lora_{other}", f"lora_{side}")
-            raise AdapterError(
-                f"{path}: {module.keys[other]}: found without {missing}; accepted: both"
-            )
-    out_features, in_features = module.shape
-    a, b = (file.get_slice(module.keys[side]) for side in "AB")
-    for key, view in ((module.keys["A"], a), (module.keys["B"], b)):
+        if side not in keys:
+            missing = keys[other].replace(f"lora_{other}", f"lora_{side}")
+            raise AdapterError(f"{path}: {keys[other]}: found without {missing}; accepted: both")
+    out_features, in_features = shape
+    a, b = (file.get_slice(keys[side]) for side in "AB")
+    for key, view in ((keys["A"], a), (keys["B"], b)):
         if view.get_dtype() not in _DTYPES:
             raise AdapterError(
                 f"{path}: {key}: found dtype {view.get_dtype()}; accepted: {', '.join(_DTYPES)}"
@@ -210,17 +209,18 @@ def _check_module(module: _Module, file, path: Path) -> None:
     a_shape, b_shape = a.get_shape(), b.get_shape()
     if len(a_shape) != 2 or a_shape[1] != in_features:
         raise AdapterError(
-            f"{path}: {module.keys['A']}: found shape {a_shape}; accepted: [rank, {in_features}], "
+            f"{path}: {keys['A']}: found shape {a_shape}; accepted: [rank, {in_features}], "
             "from this model's dimensions"
         )
-    module.rank = a_shape[0]
-    if module.rank == 0:
-        raise AdapterError(f"{path}: {module.keys['A']}: found rank 0; accepted: 1 or more")
-    if b_shape != [out_features, module.rank]:
+    rank = a_shape[0]
+    if rank == 0:
+        raise AdapterError(f"{path}: {keys['A']}: found rank 0; accepted: 1 or more")
+    if b_shape != [out_features, rank]:
         raise AdapterError(
-            f"{path}: {module.keys['B']}: found shape {b_shape}; accepted: "
-            f"{[out_features, module.rank]}, from this model's dimensions and the rank of lora_A"
+            f"{path}: {keys['B']}: found shape {b_shape}; accepted: {[out_features, rank]}, from "
+            "this model's dimensions and the rank of lora_A"
         )
+    return rank
 
 
 def _joined(modules: Iterable[_Module], path: Path, config: Phi3Config) -> list[_Linear]:
@@ -238,7 +238,7 @@ def _joined(modules: Iterable[_Module], path: Path, config: Phi3Config) -> list[
                 f"accepted: either {whole[0].target} or its parts"
             )
         name = TARGETS[target]
-        linears.append(_Linear(layer, name, target_shape(config, name), tuple(members)))
+        linears.append(_Linear(layer, name, target_shape(config, name)[0], tuple(members)))
     return linears
 
 
@@ -275,7 +275,7 @@ def _read(linear: _Linear, file, path: Path, scales: PeftScales) -> tuple[LowRan
             )
     if len(linear.modules) == 1 and linear.modules[0].linear == linear.target:
         return LowRank(*parts[0][1:]), digest.digest()
-    joined = np.zeros((linear.shape[0], linear.rank), np.float32)
+    joined = np.zeros((linear.out_features, linear.rank), np.float32)
     start = 0
     for rows, a, b in parts:
         joined[rows, start : start + len(a)] = b
