@@ -11,10 +11,12 @@ from conftest import TinyModel, build
 from peft import PeftModel
 from test_adapter_files import SPLIT, merged_by_peft, save_adapter
 from test_convert import CONFIG, KERNELS, Grouped
+from test_gguf import Type, write
 from transformers import Phi3ForCausalLM as HFModel
 
 import phi3c
 from phi3c.adapters.layout import TARGETS
+from phi3c.adapters.peft_files import read_adapter
 from phi3c.adapters.weights import AdapterWeights, LowRank
 from phi3c.cli import main
 from phi3c.errors import AdapterError, CheckpointError
@@ -22,6 +24,7 @@ from phi3c.kernels.cpu import layout
 from phi3c.merged_weights import MergedWeights
 from phi3c.packing import packed_parameters, parameter_specs
 from phi3c.quantization.scheme import parse_scheme
+from phi3c.sources import resolve_source
 from phi3c.weights import RandomWeights
 
 IDS = [3, 150, 7, 42, 42, 198, 1, 77]
@@ -82,6 +85,27 @@ def test_a_config_is_a_source_too(adapter, tmp_path, base):
     ]
     linears = {name.rpartition(".weight")[0].rpartition(".")[2] for name in changed}
     assert linears == set(TARGETS) and len(changed) == 2 * 4 * 2  # quantized values and scales
+
+
+def test_a_gguf_is_rounded_again_only_where_the_adapter_adds(tmp_path):
+    save_adapter(tmp_path, r=4, target_modules=["o_proj"], layers_to_transform=[1])
+    source, name = tmp_path / "m.gguf", "model.layers.1.self_attn.o_proj.weight"
+    write(source, kind=Type.Q4_0)
+    plain, other = (
+        phi3c.compile(source, output=tmp_path / out, merge_adapter=merge, **LIMITS)
+        for out, merge in (("plain", None), ("merged", tmp_path))
+    )
+    before, after = plain.map_parameters(), other.map_parameters()
+    changed = [one for one in before if not np.array_equal(before[one], after[one])]
+    assert changed == [f"{name}.q", f"{name}.scale"]
+    kind = parse_scheme("q4f16_1").kind(name)
+    low_rank = read_adapter(tmp_path, other.manifest.config).low_rank[1, "o_proj"]
+    whole = resolve_source(source).weights().tensor(name) + low_rank.b @ low_rank.a
+    found = kind.dequantize(
+        layout.unpack_groups(after[changed[0]], kind.bits, 64),
+        layout.unpack_scales(after[changed[1]], 64),
+    )
+    np.testing.assert_array_equal(found, kind.dequantize(*kind.quantize(whole)))
 
 
 # Rows and blocks
