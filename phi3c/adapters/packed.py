@@ -31,30 +31,40 @@ def pack_adapter(weights: AdapterWeights, dtype: str) -> PackedAdapter:
 
     def pack(item: tuple[tuple[int, str], LowRank]) -> tuple[np.ndarray, np.ndarray]:
         (layer, target), low_rank = item
-        a, b = _balanced(low_rank) if dtype == "float16" else (low_rank.a, low_rank.b)
-        with np.errstate(over="ignore"):
-            pair = pack_a(a, len(a), dtype), pack_b(b, len(a), dtype)
-        if not all(np.isfinite(array).all() for array in pair):
+        try:
+            a, b = _cast(low_rank, dtype)
+        except OverflowError:
             raise AdapterError(
                 f"layer {layer}: {target}: found values beyond {dtype}, the adapters' type in this "
                 "artifact; accepted: smaller ones, or a scheme with a wider type, such as q4f32_1"
-            )
-        return pair
+            ) from None
+        return pack_a(a, len(a), dtype), pack_b(b, len(a), dtype)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pairs = list(pool.map(pack, weights.low_rank.items()))
     return PackedAdapter(weights.rank, dict(zip(weights.low_rank, pairs, strict=True)))
 
 
-def _balanced(low_rank: LowRank) -> tuple[np.ndarray, np.ndarray]:
-    """A and B with largest values alike in each rank; their product is the same, bit by bit.
+def _cast(low_rank: LowRank, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """A and B in dtype. In float16 their largest values are alike in each rank, and their product
+    is the same: float16 has few bits for values below 6e-5, and B's are often near that.
 
-    Float16 has few bits for values below 6e-5, and B's are often near that. Factors are powers of
-    two; ranks of zeros, or of values whose square float32 does not hold, stay as they are.
+    Factors are powers of two; ranks of zeros, or of values whose square float32 does not hold, stay
+    as they are. Raises OverflowError where a value would become infinite.
     """
-    largest_a = np.maximum(low_rank.a.max(axis=1), -low_rank.a.min(axis=1))
-    largest_b = np.maximum(low_rank.b.max(axis=0), -low_rank.b.min(axis=0))
+    a, b = low_rank.a, low_rank.b
+    if dtype == "float32":
+        return a, b
+    largest_a = np.maximum(a.max(axis=1), -a.min(axis=1))
+    largest_b = np.maximum(b.max(axis=0), -b.min(axis=0))
     usual = (largest_a > 1e-18) & (largest_b > 1e-18) & (largest_a < 1e18) & (largest_b < 1e18)
     ratio = np.divide(largest_b, largest_a, out=np.ones_like(largest_a), where=usual)
     factor = np.exp2(np.rint(np.log2(ratio) / 2))
-    return low_rank.a * factor[:, None], low_rank.b / factor
+    with np.errstate(over="ignore"):
+        largest = np.concatenate([largest_a * factor, largest_b / factor]).astype(dtype)
+    if not np.isfinite(largest).all():
+        raise OverflowError
+    narrow_a, narrow_b = np.empty(a.shape, dtype), np.empty(b.shape, dtype)
+    np.multiply(a, factor[:, None], out=narrow_a, casting="unsafe")
+    np.divide(b, factor, out=narrow_b, casting="unsafe")
+    return narrow_a, narrow_b
