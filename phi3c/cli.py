@@ -40,6 +40,8 @@ _COMPILE_OPTIONS = (
     "max_batch_size",
     "context_length",
     "prefill_chunk_size",
+    "max_loras",
+    "max_rank",
 )
 _SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
 
@@ -86,7 +88,7 @@ def _compile(args: argparse.Namespace) -> int:
     from .describe import human_size
 
     start = time.perf_counter()
-    options = _given(args, (*_COMPILE_OPTIONS, "seed")) | _converted_scheme(args)
+    options = _given(args, (*_COMPILE_OPTIONS, "merge_adapter", "seed")) | _converted_scheme(args)
     with _progress(args) as progress:
         artifact = compile(args.source, output=args.output, progress=progress, **options)
     seconds = time.perf_counter() - start
@@ -99,6 +101,7 @@ def _compile(args: argparse.Namespace) -> int:
             "target": manifest.target.name,
             "mcpu": manifest.target.mcpu,
             "limits": asdict(manifest.limits),
+            "adapters": None if manifest.adapters is None else asdict(manifest.adapters),
             "bytes": size,
             "seconds": seconds,
         }
@@ -502,6 +505,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("-o", "--output", required=True, metavar="DIR")
     _add_compile_options(made)
+    made.add_argument(
+        "--merge-adapter",
+        metavar="PATH",
+        help="LoRA adapter (folder, repo id) to add to the weights",
+    )
     made.add_argument("--seed", type=_seed, help="of random weights (0)")
 
     made = command("convert", _convert, "convert weights alone, to compile from later")
@@ -595,6 +603,8 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (8)")
     group.add_argument("--context-length", type=int, metavar="N", help="tokens (at most 4096)")
     group.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens (512)")
+    group.add_argument("--max-loras", type=int, metavar="N", help="slots for LoRA adapters (0)")
+    group.add_argument("--max-rank", type=int, metavar="R", help="of an adapter: 8 to 128 (16)")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,8 @@ def compile_tiny(output: Path) -> Artifact:
         max_batch_size=2,
         context_length=64,
         prefill_chunk_size=16,
+        max_loras=1,
+        max_rank=8,
     )
 
 
@@ -262,6 +264,7 @@ def test_a_manifest_without_any_of_its_fields_is_refused(twice):
         ("target",),
         ("limits",),
         ("kv_layout",),
+        ("adapters",),
         ("functions", "prefill"),
         ("functions", "prefill", "inputs", 0),
         ("parameters", 0),
@@ -279,7 +282,7 @@ def test_a_manifest_without_any_of_its_fields_is_refused(twice):
     assert Manifest.from_json(json.dumps(whole), Path("m")) == twice[0].manifest
 
 
-@pytest.mark.parametrize("field", ["limits", "kv_layout", "functions", "versions"])
+@pytest.mark.parametrize("field", ["limits", "kv_layout", "adapters", "functions", "versions"])
 def test_a_manifest_edited_by_hand_is_refused(artifact, field):
     file = artifact.path / MANIFEST
     body = json.loads(file.read_text())

@@ -19,8 +19,10 @@ from ..config import Phi3Config
 from ..errors import ArtifactError, InputError, TargetError
 from ..manifest import Manifest
 from ..memory import default_cache_tokens, memory
+from .adapter_pools import AdapterPools
 from .host import check_cpu, check_memory
 from .kv_cache import PagedKVCache
+from .loaded_adapters import Adapter, LoadedAdapters
 from .threads import ThreadPool, check_threads
 
 Array = np.ndarray | Sequence | Tensor
@@ -30,8 +32,8 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     """Loads an artifact folder.
 
     device: `cpu`, or None for the artifact's own. threads: CPU threads, None for all physical
-    cores. Raises ArtifactError (broken, changed, or for another CPU) and OutOfMemoryError (weights
-    and workspace do not fit) before anything of it runs.
+    cores. Raises ArtifactError (broken, changed, or for another CPU) and OutOfMemoryError (weights,
+    workspace and slots for adapters do not fit) before anything of it runs.
     """
     artifact = Artifact.open(path)
     if device not in (None, "cpu"):
@@ -39,7 +41,10 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     threads = check_threads(threads)
     check_cpu(artifact)
     needed = memory(artifact.manifest, max_total_seq_len=0)
-    check_memory(str(path), {"weights": needed.weights, "workspace": needed.workspace})
+    parts = {"weights": needed.weights, "workspace": needed.workspace}
+    if needed.adapters:
+        parts["adapters"] = needed.adapters
+    check_memory(str(path), parts)
     artifact.check_library()
     return CompiledPhi3(artifact, threads)
 
@@ -69,6 +74,10 @@ class CompiledPhi3:
         self._parameters = tvm.runtime.convert(
             [tvm.runtime.from_dlpack(array) for array in self._mapped.values()]
         )
+
+        layout = self.manifest.adapters
+        self.adapter_pools = layout and AdapterPools(layout, self.config, self._device)
+        self._adapters = LoadedAdapters(self.config, layout, self.adapter_pools)
 
     @property
     def manifest(self) -> Manifest:
@@ -111,6 +120,39 @@ class CompiledPhi3:
             page_size,
             support_sliding_window,
         )
+
+    def load_adapter(self, source: str | Path, name: str, pinned: bool = False) -> Adapter:
+        """Loads a LoRA adapter that PEFT saved: a folder, or a Hugging Face repo id (owner/name).
+
+        More may be loaded than the artifact has slots: they wait in memory, and one that is
+        acquired takes the slot of one that is not in use, the least recently used first. A pinned
+        one keeps its slot. Another thread than the one that runs forwards may load. Raises
+        AdapterError (files that are broken, not supported or do not fit; a name that is taken; no
+        slots), and CheckpointError where the hub does not give the files; nothing has changed then.
+        """
+        return self._adapters.load(source, name, pinned)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets a loaded adapter. Raises AdapterError, and AdapterInUseError while it is
+        acquired."""
+        self._adapters.unload(name)
+
+    def adapters(self) -> Sequence[Adapter]:
+        """What is loaded, in the order of loading."""
+        return self._adapters.adapters()
+
+    def acquire_adapter(self, name: str) -> int | None:
+        """Puts an adapter into a slot, if it is in none, and keeps it there until it is released
+        as often as acquired. Returns the slot, for `cache.forward(token_slot=...)`.
+
+        None where every slot is in use or pinned. Not inside a forward, nor in another thread than
+        forwards. Raises AdapterError.
+        """
+        return self._adapters.acquire(name)
+
+    def release_adapter(self, name: str) -> None:
+        """Takes back one acquire. Raises AdapterError if there is none."""
+        self._adapters.release(name)
 
     def embed(self, input_ids: Array) -> Tensor:
         """Token ids `[n]` → `[1, n, hidden]`."""
@@ -213,6 +255,12 @@ class CompiledPhi3:
             raise InputError(f"{name}: found {len(lengths)} sequences; accepted: one")
         embed = self._activations("input_embed", input_embed, name, sum(lengths))
         values = {"input_embed": embed, **extra, **cache.forward_inputs()}
+        if (slots := cache.forward_token_slot) is not None:
+            ranks = self.adapter_pools.row_ranks(slots)
+            if ranks.any():
+                name = f"{name}_with_adapters"
+                values |= {"adapter_slot": slots, "adapter_rank": ranks}
+                inputs = self.manifest.functions[name].inputs
         return self._call(name, {s.name: values[s.name] for s in inputs}, cache.pages), cache
 
     def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
@@ -223,6 +271,8 @@ class CompiledPhi3:
         args = [a if isinstance(a, Tensor) else tvm.runtime.tensor(a) for a in args]
         if info.takes_pages:
             args.append(pages)
+        if info.takes_adapters:
+            args.append(self.adapter_pools.tensors)
         if info.takes_parameters:
             args.append(self._parameters)
         return self._functions[name](*args)
