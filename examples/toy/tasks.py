@@ -189,7 +189,7 @@ def conversation(
     """Training turns that together take ``low`` to ``high`` tokens; ``None`` if none are found.
 
     No turn is shorter than 14 tokens, so a range that ends below that must include 0, and a narrow
-    range just above it may hold no conversation at all.
+    range just above it may hold no conversation at all, which a thousand tries are taken to show.
     """
     for _ in range(1000):
         turns: list[Turn] = []

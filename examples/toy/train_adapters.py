@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(ADAPTERS), help="all, if none is named")
     parser.add_argument("--output", type=Path, default=TOY / "adapters")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the data")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--evaluate-only", action="store_true")
     parser.add_argument("--prompts", type=int, default=500, help="in each cell of the table")
