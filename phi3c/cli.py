@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -140,11 +140,18 @@ def _generate(args: argparse.Namespace) -> int:
     # What can be wrong is looked at before a checkpoint is compiled.
     text = _prompt_text(args)
     grammar = grammar_from_options(args.json_schema, args.regex, args.choice)
+    adapters = _adapters(args)
     folder = _model_folder(args)
     tokenizer = Tokenizer.from_folder(folder)
     params = _sampling_params(args, folder)
     request = Request(_prompt_ids(args, tokenizer, text), params, grammar=grammar)
-    _show(Answer(_engine(args, folder, tokenizer), request), args.json)
+    engine = _engine(args, folder, tokenizer)
+    for name, path in adapters.items():
+        engine.model.load_adapter(path, name)
+    for name in adapters or [None]:
+        if len(adapters) > 1 and not args.json:
+            print(f"{name}: ", end="")
+        _show(Answer(engine, replace(request, adapter=name)), args.json)
     return 0
 
 
@@ -337,6 +344,21 @@ def _engine(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Eng
     return Engine(model, tokenizer, room, page_size, speculation=speculation)
 
 
+def _adapters(args: argparse.Namespace) -> dict[str, str]:
+    """Name → folder or repo id. A checkpoint is compiled with a slot for each."""
+    adapters: dict[str, str] = {}
+    for given in args.adapter:
+        name, equals, path = given.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"--adapter: found {given!r}; accepted: NAME=PATH")
+        if name in adapters:
+            raise InputError(f"--adapter: found {name!r} twice; accepted: a name for each")
+        adapters[name] = path
+    if adapters and args.max_loras is None and not _is_artifact(Path(args.model).expanduser()):
+        args.max_loras = len(adapters)
+    return adapters
+
+
 def _compiled(args: argparse.Namespace, source: Path) -> Path:
     """The artifact of a checkpoint in the cache, compiled now if it is not there."""
     from .artifact_cache import cached_artifact
@@ -524,6 +546,13 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE", help="- is stdin")
     made.add_argument("--raw", action="store_true", help="no chat template")
+    made.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="answer with a LoRA adapter of PEFT's (folder or repo id); repeatable, an answer each",
+    )
     answer = made.add_argument_group("grammar (pip install 'phi3c[grammar]')")
     answer.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that follows it")
     answer.add_argument("--regex", metavar="RE", help="the whole answer matches it")

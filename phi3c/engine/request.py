@@ -10,6 +10,7 @@ from phi3c.engine.grammar import Grammar
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import InputError, Phi3CError
+from phi3c.runtime.loaded_adapters import Adapter
 
 __all__ = ["Handle", "Output", "Piece", "Request", "prompt_tokens"]
 
@@ -21,7 +22,7 @@ class Request:
     """prompt: text, token ids, or chat messages (role, content), which the checkpoint's own
     template makes a prompt. n: samples of it. priority: the higher goes first. grammar: what the
     answer must look like; it then ends with an end-of-sequence token, unless max_tokens or a stop
-    string cuts it.
+    string cuts it. adapter: the name of a loaded LoRA adapter; None for the model itself.
     """
 
     prompt: Prompt
@@ -29,6 +30,7 @@ class Request:
     n: int = 1
     priority: int = 0
     grammar: Grammar | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.n) is not int or self.n < 1:
@@ -37,6 +39,8 @@ class Request:
             raise InputError(f"priority: found {self.priority!r}; accepted: an integer")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise InputError(f"grammar: found {self.grammar!r}; accepted: a Grammar, or None")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InputError(f"adapter: found {self.adapter!r}; accepted: a name, or None")
         if self.grammar is not None and self.params.ignore_eos:
             raise InputError("ignore_eos: found true; accepted: false, as eos ends a grammar")
 
@@ -66,7 +70,7 @@ class Piece:
 @dataclass(eq=False)
 class Handle:
     """A submitted request. error: why it failed, if it did. cached_tokens: of its prompt, those
-    found in the prefix cache.
+    found in the prefix cache. adapter: that it runs with.
     """
 
     request: Request
@@ -75,6 +79,7 @@ class Handle:
     error: Phi3CError | RuntimeError | None = None
     cached_tokens: int = 0
     pieces: list[Piece] = field(default_factory=list)  # not taken yet
+    adapter: Adapter | None = None
 
     @property
     def done(self) -> bool:

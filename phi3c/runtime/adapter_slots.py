@@ -1,8 +1,9 @@
 """Which adapter is loaded, in use, and in which slot: bookkeeping without a tensor.
 
-Any number of adapters may be loaded, each under a name. A running request acquires one by name,
-which puts it into a slot unless it is there; it stays there until another needs the place, and that
-takes the slot that has been idle longest. A pinned adapter keeps its slot once it has one.
+Any number of adapters may be loaded, each under a name. A request holds one by name, so that it
+stays loaded. To run, it acquires it as well, which puts it into a slot unless it is there; it stays
+there until another needs the place, and that takes the slot that has been idle longest. A pinned
+adapter keeps its slot once it has one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from ..errors import AdapterError, AdapterInUseError
 
 @dataclass
 class _Entry:
-    """requests: running ones that hold it; last_use: when the last acquired or released it."""
+    """holders: requests that want it to stay; requests: running ones that acquired it; last_use:
+    when the last acquired or released it.
+    """
 
     generation: int
     pinned: bool
     slot: int | None = None
+    holders: int = 0
     requests: int = 0
     last_use: int = 0
 
@@ -83,13 +87,23 @@ class AdapterSlots:
         Raises AdapterError, AdapterInUseError.
         """
         entry = self._entry(name)
-        if entry.requests:
-            count = f"{entry.requests} running request" + "s" * (entry.requests > 1)
+        if users := max(entry.requests, entry.holders):
+            count = f"{users} request" + "s" * (users > 1)
             raise AdapterInUseError(f"adapter {name!r}: found {count} of it; accepted: none")
         slot = entry.slot
         self._vacate(entry)
         del self._entries[name]
         return slot
+
+    def hold(self, name: str) -> None:
+        """One more request needs it to stay loaded. Raises AdapterError."""
+        self._entry(name).holders += 1
+
+    def drop(self, name: str) -> None:
+        """A request that held it has ended."""
+        entry = self._entry(name)
+        assert entry.holders, "dropped more often than held"
+        entry.holders -= 1
 
     def acquire(self, name: str) -> tuple[int, bool] | None:
         """(slot, whether the adapter must be written to it) for one more request.

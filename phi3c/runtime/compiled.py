@@ -141,6 +141,14 @@ class CompiledPhi3:
         """What is loaded, in the order of loading."""
         return self._adapters.adapters()
 
+    def hold_adapter(self, name: str) -> Adapter:
+        """Keeps it loaded until `drop_adapter`, in a slot or not. Raises AdapterError."""
+        return self._adapters.hold(name)
+
+    def drop_adapter(self, name: str) -> None:
+        """The counterpart of `hold_adapter`."""
+        self._adapters.drop(name)
+
     def acquire_adapter(self, name: str) -> int | None:
         """Puts an adapter into a slot, if it is in none, and keeps it there until it is released
         as often as acquired. Returns the slot, for `cache.forward(token_slot=...)`.

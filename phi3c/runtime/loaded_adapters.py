@@ -83,7 +83,7 @@ class LoadedAdapters:
         return adapter
 
     def unload(self, name: str) -> None:
-        """Raises AdapterError for an unknown name, AdapterInUseError while requests run."""
+        """Raises AdapterError for an unknown name, AdapterInUseError while a request holds it."""
         self._with_slots()
         with self._lock:
             slot = self._slots.unload(name)
@@ -95,6 +95,18 @@ class LoadedAdapters:
         """In the order of loading."""
         with self._lock:
             return [adapter for adapter, _ in self._loaded.values()]
+
+    def hold(self, name: str) -> Adapter:
+        """It stays loaded until `drop`. Raises AdapterError."""
+        self._with_slots()
+        with self._lock:
+            self._slots.hold(name)
+            return self._loaded[name][0]
+
+    def drop(self, name: str) -> None:
+        """A request that held it has ended."""
+        with self._lock:
+            self._slots.drop(name)
 
     def acquire(self, name: str) -> int | None:
         """The slot of an adapter for one more request, written now unless it is there.
