@@ -421,8 +421,8 @@ class Block(importlib.abc.MetaPathFinder):
         package, _, rest = name.partition(".")
         unit = rest.partition(".")[0]
         if package == "phi3c" and unit not in {
-            "", "artifact", "config", "errors", "manifest", "memory", "tensor_file", "triple",
-            "runtime"
+            "", "adapters", "artifact", "config", "errors", "manifest", "memory", "tensor_file",
+            "triple", "runtime"
         }:
             raise ImportError(f"{name} is blocked")
 
