@@ -4,9 +4,8 @@
     phi3c compile configs/phi-3-mini-4k.json -o /tmp/without
     python benchmarks/adapters.py /tmp/with --without /tmp/without --figure docs/adapters.svg
 
-Each round runs every number of adapters in turn, 0 (the base model) first, and the artifact that
-was compiled without slots if one is given. Adapters are random and of all targets. For a quiet
-machine.
+Each round runs every number of adapters in turn, 0 is the base model, and the artifact that was
+compiled without slots if one is given. Adapters are random and of all targets. For a quiet machine.
 """
 
 from __future__ import annotations
@@ -109,7 +108,9 @@ def main() -> None:
     read, others = calibration.rates().read, Others()
     found = {name: [] for name in series}  # seconds of a step, the median of each round
     for turn in range(args.rounds + 1):
-        for name, (own, distinct) in series.items():
+        # There and back: what one leaves in the caches falls to another the next time.
+        for name in list(series)[:: -1 if turn % 2 else 1]:
+            own, distinct = series[name]
             steps = [own.seconds(distinct) for _ in range(args.steps)]
             if turn:  # the first is not counted
                 found[name].append(statistics.median(steps))

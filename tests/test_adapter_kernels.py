@@ -23,7 +23,6 @@ from phi3c.kernels.cpu.shrink import RANK_BLOCK, int8_shrink, shrink
 tensor = tvm.runtime.tensor
 ROWS = (0, 1, 2, 9, SERIAL_ROWS + 1, ROW_BLOCK + 3)
 POOLS = [LowRank(1, 8, "float32"), LowRank(3, 16, "float16"), LowRank(4, 64, "float16")]
-pools = pytest.mark.parametrize("low_rank", POOLS, ids=lambda p: f"{p.max_loras}x{p.max_rank}")
 
 
 class Adapters:
@@ -65,9 +64,10 @@ def check_shrunk(h: np.ndarray, expected: np.ndarray, rank: np.ndarray) -> None:
         assert kernel_error(h[written], expected[written]) <= 2e-6
 
 
-@pytest.mark.parametrize("in_features", [1, 36, 160])
-@pools
-def test_shrink(isa, low_rank, in_features):
+@pytest.mark.parametrize(
+    ("in_features", "low_rank"), [(1, POOLS[0]), (36, POOLS[1]), (160, POOLS[2])]
+)
+def test_shrink(isa, in_features, low_rank):
     run = compile_kernel(shrink(isa, in_features, low_rank), isa)
     adapters = Adapters(low_rank, in_features, 1)
     for n in ROWS:
@@ -78,9 +78,10 @@ def test_shrink(isa, low_rank, in_features):
         check_shrunk(h.numpy(), twins.shrink(x, adapters.a, slot, rank), rank)
 
 
-@pytest.mark.parametrize("in_features", [32, 160])
-@pools
-def test_int8_shrink(isa, low_rank, in_features):
+@pytest.mark.parametrize(
+    ("in_features", "low_rank"), [(32, POOLS[0]), (64, POOLS[1]), (160, POOLS[2])]
+)
+def test_int8_shrink(isa, in_features, low_rank):
     run = compile_kernel(int8_shrink(isa, in_features, low_rank), isa)
     quantize = compile_kernel(quantize_rows(isa, in_features, 8), isa)
     adapters = Adapters(low_rank, in_features, 1)
@@ -92,9 +93,11 @@ def test_int8_shrink(isa, low_rank, in_features):
         check_shrunk(h.numpy(), twins.shrink(x, adapters.a, slot, rank), rank)
 
 
-@pytest.mark.parametrize("out_features", [1, 17, 64, 100])
-@pools
-def test_expand(isa, low_rank, out_features):
+@pytest.mark.parametrize(
+    ("out_features", "low_rank"),
+    [(1, POOLS[0]), (17, POOLS[1]), (64, POOLS[0]), (100, POOLS[2])],
+)
+def test_expand(isa, out_features, low_rank):
     run = compile_kernel(expand(out_features, low_rank), isa)
     adapters = Adapters(low_rank, 1, out_features)
     for n in ROWS:
