@@ -73,7 +73,8 @@ def test_functions_take_turns_in_one_workspace(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(planned, found)
-    assert planned["prefill"] > 20e6 > 20 * planned["decode"]
+    assert planned["prefill"] > 10e6 > 20 * planned["decode"]
     assert found["prefill"] < 1.3 * planned["prefill"]
+    output = CHUNK * 512 * 4  # hidden states are returned, and belong to the caller
     for name, grown in found.items():
-        assert grown < found["prefill"] + 0.2 * planned["prefill"], name
+        assert grown < found["prefill"] + output + 0.1 * planned["prefill"], name
