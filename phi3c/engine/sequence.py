@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-
 import numpy as np
 
 from phi3c.engine.detokenizer import IncrementalDetokenizer
 from phi3c.engine.grammar_state import CompiledGrammar
+from phi3c.engine.logprobs import logprobs
 from phi3c.engine.penalties import Penalties
 from phi3c.engine.prefix_cache import Digests
 from phi3c.engine.request import Handle, Output, Piece
@@ -96,7 +95,7 @@ class Sequence:
         if self._grammar is not None:
             self._grammar.accept(token_id)
         if self.handle.request.params.logprobs is not None:
-            output.logprobs.append(_logprobs(logits, token_id, self.handle.request.params.logprobs))
+            output.logprobs.append(logprobs(logits, token_id, self.handle.request.params.logprobs))
         self._penalties.add(token_id)
         self.tokens.append(token_id)
         output.token_ids.append(token_id)
@@ -113,15 +112,3 @@ class Sequence:
                 self.handle.pieces.append(Piece(self.index, piece))
         if stopped or full:
             output.finish_reason = "stop" if stopped else "length"
-
-
-def _logprobs(logits: np.ndarray, token_id: int, top: int) -> tuple[float, dict[int, float]]:
-    """Of the distribution before temperature and filters, as OpenAI's API has it."""
-    scores = logits.astype(np.float64)
-    scores -= scores.max()
-    scores -= np.log(np.exp(scores).sum())
-    likeliest: Seq[int] = []
-    if top:
-        likeliest = np.argpartition(-scores, min(top, scores.size) - 1)[:top]
-        likeliest = sorted(likeliest.tolist(), key=lambda i: (-scores[i], i))
-    return float(scores[token_id]), {i: float(scores[i]) for i in likeliest}
