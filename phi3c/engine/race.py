@@ -21,33 +21,48 @@ from phi3c.engine.logit_row import LogitRow
 
 __all__ = ["RaceNumbers", "first_in_race"]
 
+_FEW = 512  # tokens that are just compared
 _AT_ONCE = 8  # blocks looked into
 _GOLDEN, _FIRST_MIX, _SECOND_MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
 
 
 class RaceNumbers:
-    """Exponential random numbers of one position, for a table `[rows, blocks]` of tokens.
+    """Exponential random numbers of one position, float64, for a table `[rows, blocks]` of tokens.
 
-    key: two integers below 2**64. least `[blocks]` float64: the least number of each block.
+    key: an integer below 2**64.
     """
 
-    def __init__(self, key: tuple[int, int], position: int, shape: tuple[int, int]) -> None:
-        block_key, token_key = key
+    def __init__(self, key: int, position: int, shape: tuple[int, int]) -> None:
         self._rows, self._blocks = shape
-        self._stream = _mix((token_key + (position + 1) * _GOLDEN) & _MASK)
-        stream = _mix((block_key + (position + 1) * _GOLDEN) & _MASK)
-        self.least = -np.log(_uniform(stream, np.arange(self._blocks))) / self._rows
+        self._stream = _mix((key + (position + 1) * _GOLDEN) & _MASK)
+        self._owners = self._rows * self._blocks  # the stream has the tokens first, then these,
+        self._leasts = self._owners + self._blocks  # and then these
 
-    def of(self, blocks: np.ndarray) -> np.ndarray:
-        """float64 `[rows, m]`, of the tokens of m blocks."""
-        index = np.add.outer(np.arange(self._rows + 1) * self._blocks, blocks)
-        uniform = _uniform(self._stream, index)  # of the tokens; the last row: who has the least
-        owner = ((1 - uniform[-1]) * self._rows).astype(np.int64)
-        numbers = -np.log(uniform[:-1])
-        numbers[owner, np.arange(blocks.size)] = 0
-        numbers += self.least[blocks]
-        return numbers
+    def least(self) -> np.ndarray:
+        """`[blocks]`: the least number of each block."""
+        return self._of_blocks(np.arange(self._blocks))[0]
+
+    def of(self, token_ids: np.ndarray) -> np.ndarray:
+        """`[m]`, of m tokens."""
+        return self._of(token_ids, *self._of_blocks(token_ids % self._blocks))
+
+    def in_blocks(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens `[rows, m]` of m blocks, and their numbers."""
+        token_ids = np.add.outer(np.arange(0, self._owners, self._blocks), blocks)
+        return token_ids, self._of(token_ids, *self._of_blocks(blocks))
+
+    def _of(self, token_ids: np.ndarray, least: np.ndarray, owner: np.ndarray) -> np.ndarray:
+        more = -np.log(_uniform(self._stream, token_ids))
+        more[token_ids == owner] = 0
+        return least + more
+
+    def _of_blocks(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The least number of each block, and the token that has it."""
+        index = np.concatenate([self._leasts + blocks, self._owners + blocks])
+        least, owner = _uniform(self._stream, index).reshape(2, -1)
+        row = ((1 - owner) * self._rows).astype(np.int64)
+        return -np.log(least) / self._rows, row * self._blocks + blocks
 
 
 def first_in_race(
@@ -61,33 +76,36 @@ def first_in_race(
 
     lowest: (logit, token id) of the last that takes part, in the order of logits and then of ids.
     """
-    blocks, found, goal = row.tops.size, [], np.inf
+    found: list[tuple[float, int]] = []
+    logits, blocks = row.logits, row.tops.size
+
+    def run(ids: np.ndarray, values: np.ndarray, its_numbers: np.ndarray) -> None:
+        weights = row.weights(values, temperature)
+        times = its_numbers / weights
+        times[(weights == 0) | (values < lowest[0])] = np.inf
+        if lowest[1] < logits.size:
+            times[(values == lowest[0]) & (ids > lowest[1])] = np.inf
+        times, ids = times.ravel(), ids.ravel()
+        first = [times.argmin()] if count == 1 else times.argsort(kind="stable")[:count]
+        found.extend((times[i], int(ids[i])) for i in first if times[i] < np.inf)
+        found[:] = sorted(found)[:count]
+
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        if lowest[0] > -np.inf:
+            ids = np.flatnonzero(logits >= lowest[0])
+            if ids.size <= _FEW:
+                run(ids, logits[ids], numbers.of(ids))
+                return [token_id for _, token_id in found]
         weights = row.weights(row.tops, temperature)
-        bounds = numbers.least / weights
+        bounds = numbers.least() / weights
         bounds[(weights == 0) | (row.tops < lowest[0])] = np.inf
         order = bounds.argsort()
         for start in range(0, blocks, _AT_ONCE):
             some = order[start : start + _AT_ONCE]
-            if bounds[some[0]] >= goal:
+            if bounds[some[0]] >= (found[-1][0] if len(found) == count else np.inf):
                 break
-            values = row.table[:, some]
-            weights = row.weights(values, temperature)
-            times = numbers.of(some) / weights
-            times[(weights == 0) | (values < lowest[0])] = np.inf
-            if lowest[1] < row.logits.size:
-                ids = np.add.outer(np.arange(len(times)) * blocks, some)
-                times[(values == lowest[0]) & (ids > lowest[1])] = np.inf
-            times = times.ravel()
-            first = [times.argmin()] if count == 1 else times.argsort(kind="stable")[:count]
-            found += [
-                (times[i], int(i // some.size * blocks + some[i % some.size]))
-                for i in first
-                if times[i] < goal
-            ]
-            found = sorted(found)[:count]
-            if len(found) == count:
-                goal = found[-1][0]
+            ids, its_numbers = numbers.in_blocks(some)
+            run(ids, row.table[:, some], its_numbers)
     return [token_id for _, token_id in found]
 
 

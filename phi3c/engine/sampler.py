@@ -104,8 +104,7 @@ class Sampler:
         self.params = params
         self._position = 0  # of the next token in the answer
         seeds = np.random.SeedSequence(params.seed, spawn_key=(stream,))
-        first, second = seeds.generate_state(2, np.uint64).tolist()
-        self._key = first, second
+        self._key = int(seeds.generate_state(1, np.uint64)[0])
 
     def sample(self, logits: np.ndarray) -> int:
         """The next token for `logits` [vocab]. RuntimeError if they hold NaN or +inf."""
