@@ -21,7 +21,7 @@ class Sequence:
 
     order: the smaller goes first. long_factors: LongRoPE's set in the cache. served: the last step
     that computed any of its tokens; sampled_at: when its last token came. digests: of its pages,
-    for the prefix cache.
+    for the prefix cache. admitted: whether it ever had pages; forks: samples made of its prompt.
     """
 
     def __init__(
@@ -47,13 +47,15 @@ class Sequence:
         self.served = -1
         self.sampled_at = 0.0
         self.digests: Digests = {}
+        self.admitted = False
+        self.forks = 0
         self._max_tokens = max_tokens
         self._eos_token_ids = eos_token_ids
         self._sampler = Sampler(params, stream=index)
         self._grammar = grammar and grammar.start()
         self._penalties = Penalties(params, handle.prompt_ids, vocab_size)
         self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, params.stop)
-
+        self._told = 0  # tokens that are in a piece
         self._rest = (arrival, max_tokens, eos_token_ids, tokenizer, vocab_size, grammar)
 
     def another(self, seq_id: int, index: int) -> Sequence:
@@ -101,14 +103,22 @@ class Sequence:
         output.token_ids.append(token_id)
         stopped = token_id in self._eos_token_ids
         full = len(output.token_ids) == self._max_tokens
+        piece = ""
         if self._detokenizer is not None:
             # What ends a grammar's answer is no part of it, even where it has a text.
             piece = "" if stopped and self._grammar else self._detokenizer.add(token_id)
             if stopped or full:
                 piece += self._detokenizer.finish()
             stopped = stopped or self._detokenizer.stopped
-            if piece:
-                output.text += piece
-                self.handle.pieces.append(Piece(self.index, piece))
+        output.text += piece
         if stopped or full:
             output.finish_reason = "stop" if stopped else "length"
+        if piece or self.finished or self._detokenizer is None:
+            self._tell(piece)
+
+    def _tell(self, text: str) -> None:
+        output, since = self.output, self._told
+        self._told = len(output.token_ids)
+        self.handle.pieces.append(
+            Piece(self.index, text, tuple(output.token_ids[since:]), tuple(output.logprobs[since:]))
+        )
