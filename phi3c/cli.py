@@ -565,7 +565,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-step-tokens",
         type=int,
         metavar="N",
-        help="of a step of the trace (prefill_chunk_size)",
+        help="of the trace (prefill_chunk_size)",
     )
 
     made = command("verify", _verify, "compare an artifact with its checkpoint, or its files")

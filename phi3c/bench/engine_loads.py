@@ -80,7 +80,8 @@ def render(tables: dict[str, Sequence[Replay]]) -> str:
     for title, replays in tables.items():
         lines = [
             f"{title:18}{'tokens/s':>9}{'seconds':>9}{'first token, ms':>22}{'a token, ms':>18}"
-            f"{'largest gap':>12}{'batch':>7}{'computed':>10}{'cached':>8}{'preempted':>10}{'overhead':>17}"
+            f"{'largest gap':>12}{'batch':>7}{'computed':>10}{'cached':>8}{'preempted':>10}"
+            f"{'overhead':>17}"
         ]
         for r in replays:
             m = r.metrics

@@ -41,7 +41,8 @@ class RaceNumbers:
 
     def least(self) -> np.ndarray:
         """`[blocks]`: the least number of each block."""
-        return self._of_blocks(np.arange(self._blocks))[0]
+        index = np.arange(self._leasts, self._leasts + self._blocks)
+        return -np.log(_uniform(self._stream, index)) / self._rows
 
     def of(self, token_ids: np.ndarray) -> np.ndarray:
         """`[m]`, of m tokens."""

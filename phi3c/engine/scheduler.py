@@ -291,8 +291,8 @@ class Scheduler:
         if keep_prefix:
             self._keep(sequence, sequence.computed)
         elif self._prefixes is not None:
-            salt, computed = _salt(sequence.long_factors), sequence.tokens[: sequence.computed]
-            self._prefixes.forget(computed, salt, sequence.digests)
+            salt = _salt(sequence.long_factors)
+            self._prefixes.forget(sequence.tokens, salt, sequence.digests)
         self._cache.remove_sequence(sequence.id)
         sequence.computed = 0
 
