@@ -18,7 +18,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
         exec(compile(block, "README.md", "exec"), names)
     logits = names["logits"].numpy()
     assert logits.shape == (1, 1, names["model"].config.vocab_size)
-    assert {"olleh", "abcd"} <= set(capsys.readouterr().out.splitlines())
+    assert {"olleh", "HELLO"} <= set(capsys.readouterr().out.splitlines())
 
 
 def test_links_exist():

@@ -22,7 +22,7 @@ from phi3c.engine.logit_row import LogitRow
 __all__ = ["RaceNumbers", "first_in_race"]
 
 _FEW = 512  # tokens that are just compared
-_AT_ONCE = 8  # blocks looked into
+_AT_ONCE = 16  # blocks looked into
 _GOLDEN, _FIRST_MIX, _SECOND_MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
 
