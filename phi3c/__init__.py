@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .config import Phi3Config as Phi3Config
     from .converter import convert as convert
+    from .engine.async_engine import AsyncEngine as AsyncEngine
     from .engine.draft_model import DraftModel as DraftModel
     from .engine.engine import Engine as Engine
     from .engine.grammar import Grammar as Grammar
+    from .engine.grammar import GrammarLimits as GrammarLimits
     from .engine.prompt_lookup import PromptLookup as PromptLookup
     from .engine.request import Request as Request
     from .engine.sampler import SamplingParams as SamplingParams
@@ -31,9 +33,11 @@ _HOME = {
     "compile": ".compiler",
     "convert": ".converter",
     "Phi3Config": ".config",
+    "AsyncEngine": ".engine.async_engine",
     "DraftModel": ".engine.draft_model",
     "Engine": ".engine.engine",
     "Grammar": ".engine.grammar",
+    "GrammarLimits": ".engine.grammar",
     "PromptLookup": ".engine.prompt_lookup",
     "Request": ".engine.request",
     "SamplingParams": ".engine.sampler",

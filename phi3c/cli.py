@@ -286,6 +286,7 @@ def _bench_engine(args: argparse.Namespace, model: CompiledPhi3) -> int:
             args.rate,
             args.shared_prefix,
             args.longest,
+            args.max_step_tokens,
             progress,
         )
     share = others.share()
@@ -596,6 +597,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--longest", type=int, default=512, metavar="N", help="tokens of prompt and answer (512)"
+    )
+    made.add_argument(
+        "--max-step-tokens",
+        type=int,
+        metavar="N",
+        help="of the trace (prefill_chunk_size)",
     )
 
     made = command("verify", _verify, "compare an artifact with its checkpoint, or its files")

@@ -123,7 +123,17 @@ def test_replay_answers_every_request(model, at_once):
     assert result.tokens == sum(arrival.max_tokens for arrival in trace)
     assert len(result.first_token) == len(result.token) == 6
     assert 0 < max(result.first_token) <= result.seconds
+    for token, gap in zip(result.token, result.gap, strict=True):
+        assert 0 < token <= gap < result.seconds
     assert (result.metrics.sequence_steps == result.metrics.steps) == (at_once == 1)
+
+
+def test_one_at_a_time_may_leave_out_what_waiting_costs(model):
+    """All there at the start: the last waits for the others, or comes when they have ended."""
+    trace = synthetic_trace(199, count=6, rate=0, prefix=8, longest=60)
+    waited = replay(Engine(model.compiled), trace, "x", 1)
+    came_late = replay(Engine(model.compiled), trace, "x", 1, queues=False)
+    assert waited.first_token[-1] > waited.seconds / 2 > came_late.first_token[-1]
 
 
 def test_engine_command(model, capsys):
@@ -135,15 +145,19 @@ def test_engine_command(model, capsys):
     names = {title: [r["name"] for r in facts[title]] for title in list(facts)[:3]}
     assert names["concurrent"] == ["one at a time", "3 together"]
     assert names["shared prefix"] == ["1 of 128+16", "3 of 128+16"]  # the context is 256
-    assert names["trace"][0] == "all at once" and names["trace"][1].endswith("a second")
+    assert names["trace"][:2] == ["one at a time", "all at once"]
+    assert names["trace"][2].endswith("a second")
     for title, replays in names.items():
         for name in (title, *replays):
             assert any(line.startswith(name) for line in table)
     one, three = (r["metrics"] for r in facts["shared prefix"])
     assert one["computed_tokens"] == 128 + 16 + 7
     assert three["computed_tokens"] == 128 + 3 * (16 + 7) and three["cached_tokens"] == 2 * 128
-    assert main([*argv, "--rate", "50", "--json"]) == 0
+    assert "largest gap" in table[0]
+    assert main([*argv, "--rate", "50", "--json", "--max-step-tokens", "8"]) == 0
     [only] = json.loads(capsys.readouterr().out)["trace"]
     assert only["name"] == "50 a second"
+    assert main([*argv, "--max-step-tokens", "1"]) == 2
+    assert "max_step_tokens: found 1; accepted: 4 (max_batch_size) to" in capsys.readouterr().err
     assert main([*argv, "--longest", "20"]) == 2
     assert "--shared-prefix 8; accepted:" in capsys.readouterr().err

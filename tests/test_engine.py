@@ -16,6 +16,7 @@ from phi3c.engine.engine import Engine
 from phi3c.engine.request import Handle, Request
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.scheduler import deal
+from phi3c.engine.sequence import Sequence
 from phi3c.errors import CacheFullError, ContextLengthError, InputError
 from phi3c.runtime.single_sequence import SingleSequence
 
@@ -387,14 +388,20 @@ def test_pages_behind_a_window_are_free_though_a_prefix_held_them(build_model, c
 def test_any_trace_of_requests(model, data):
     """Submissions, steps and cancellations in any order; the rest is as if each were alone."""
     pages = data.draw(st.integers(8, 20))
-    engine = Engine(model, max_total_seq_len=16 * pages, prefix_cache=data.draw(st.booleans()))
+    engine = Engine(
+        model,
+        max_total_seq_len=16 * pages,
+        prefix_cache=data.draw(st.booleans()),
+        max_step_tokens=data.draw(st.sampled_from([4, 7, None])),
+    )
     open_handles: list[tuple[Handle, int, int]] = []
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["submit", "submit", "step", "step", "step", "cancel"]))
         if action == "submit":
             length, count = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 20))
             priority = data.draw(st.integers(0, 2))
-            handle = engine.submit(request(random_ids(length), count, priority=priority))
+            n = data.draw(st.sampled_from([1, 1, 1, 2, 6]))
+            handle = engine.submit(request(random_ids(length), count, n=n, priority=priority))
             open_handles.append((handle, length, count))
         elif action == "step":
             engine.step()
@@ -404,5 +411,228 @@ def test_any_trace_of_requests(model, data):
         check_pages(engine)
     run_all(engine)
     for handle, length, count in open_handles:
-        assert handle.outputs[0].token_ids == alone(model, random_ids(length), count)
+        for output in handle.outputs:
+            assert output.token_ids == alone(model, random_ids(length), count)
     assert engine.metrics().pages_used == 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_nobody_starves(plain, data):
+    """Among equals, however many come after it: those before it and those that ran when it came
+    are done first, each with a token in every step."""
+    engine = Engine(
+        plain,
+        max_total_seq_len=16 * data.draw(st.integers(8, 16)),
+        max_step_tokens=data.draw(st.sampled_from([4, 9, None])),
+    )
+    draw = data.draw(st.randoms(use_true_random=False))
+
+    def some() -> Request:
+        prompt = random_ids(draw.randint(1, 60), seed=draw.randint(0, 3))
+        return request(prompt, draw.randint(1, 12), n=draw.choice([1, 1, 2]))
+
+    before = [engine.submit(some()) for _ in range(data.draw(st.integers(0, 8)))]
+    handle = engine.submit(some())
+    work = sum(len(h.prompt_ids) + 12 * len(h.outputs) for h in [*before, handle])
+    longest = OPTIONS["max_batch_size"] * (60 + 24)  # that pass it while it waits for a prefix
+    for _ in range(work + longest):
+        if handle.done:
+            break
+        engine.step()
+        while len(engine._scheduler.waiting) < 6:
+            engine.submit(some())
+    assert handle.done
+
+
+@pytest.mark.parametrize("page_size", [32, 48])
+def test_larger_pages(model, page_size):
+    engine = Engine(model, max_total_seq_len=4 * page_size, page_size=page_size)
+    prompts = [random_ids(n, seed=i % 2) for i, n in enumerate(LENGTHS)]
+    handles = [engine.submit(request(prompt, 9)) for prompt in prompts]
+    run_all(engine)
+    for handle, prompt in zip(handles, prompts, strict=True):
+        assert handle.outputs[0].token_ids == alone(model, prompt, 9)
+
+
+def interrupt(sequence, monkeypatch, after: bool) -> None:
+    """Ctrl-C when it is to sample next, or when it just has."""
+    sample = sequence.sample
+
+    def interrupted(logits):
+        monkeypatch.setattr(sequence, "sample", sample)
+        if after:
+            sample(logits)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sequence, "sample", interrupted)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_interrupted_step_takes_nothing_from_anybody(plain, monkeypatch, steps, at, after):
+    """In the first step a prompt is forked; in the fourth the first request has its last token."""
+    engine = Engine(plain)
+    asked = [(random_ids(16), 4, 1), (random_ids(5, seed=1), 9, 3)]
+    handles = [engine.submit(request(prompt, count, n=n)) for prompt, count, n in asked]
+    for _ in range(steps):
+        engine.step()
+    handle, index = [(handles[0], 0), (handles[1], 0), (handles[1], 1), (handles[1], 2)][at]
+    made = [*engine._scheduler.running, *engine._scheduler.waiting]
+    if found := [s for s in made if (s.handle, s.index) == (handle, index)]:
+        interrupt(found[0], monkeypatch, after)
+    else:  # it is made in this step
+        another = Sequence.another
+
+        def interrupted(sequence, seq_id, fork_index):
+            fork = another(sequence, seq_id, fork_index)
+            if fork_index == index:
+                interrupt(fork, monkeypatch, after)
+            return fork
+
+        monkeypatch.setattr(Sequence, "another", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    check_pages(engine)
+    run_all(engine)
+    for handle, (prompt, count, n) in zip(handles, asked, strict=True):
+        assert len(handle.outputs) == n
+        for output in handle.outputs:
+            assert output.token_ids == alone(plain, prompt, count)
+            assert output.finish_reason == "length"
+    assert engine.metrics().pages_used == 0
+
+
+def test_a_smaller_step_bounds_the_wait_of_a_running_answer(plain):
+    for tokens, steps in ((None, 4), (10, 10)):  # 90 tokens, 23 or 9 at a time
+        engine = Engine(plain, max_step_tokens=tokens)
+        running = engine.submit(request(random_ids(4), 40))
+        engine.step()
+        prompt = engine.submit(request(random_ids(90, seed=1), 1))
+        before, largest = len(running.outputs[0].token_ids), 0
+        while not prompt.done:
+            computed = engine.metrics().computed_tokens
+            engine.step()
+            largest = max(largest, engine.metrics().computed_tokens - computed)
+        assert largest == (tokens or 24)
+        assert len(running.outputs[0].token_ids) - before == steps
+    for wrong in (3, 25, 4.0, True):
+        with pytest.raises(InputError, match="max_step_tokens: found .*accepted: 4 .* to 24 "):
+            Engine(plain, max_step_tokens=wrong)
+
+
+def test_metrics_are_those_of_their_time(plain):
+    engine = Engine(plain)
+    before = engine.metrics()
+    engine.submit(request(random_ids(5), 2))
+    run_all(engine)
+    assert before.steps == 0 and engine.metrics().steps == 2
+
+
+def fail(handle: Handle, engine: Engine, monkeypatch) -> None:
+    def fails(logits):
+        raise RuntimeError("cannot sample: logits hold NaN")
+
+    [sequence] = [s for s in engine._scheduler.running if s.handle is handle]
+    monkeypatch.setattr(sequence, "sample", fails)
+
+
+def test_a_stream_raises_what_its_request_failed_with(plain, monkeypatch):
+    engine = Engine(plain)
+    handle = engine.submit(request(random_ids(5), 30))
+    stream = engine.stream(handle)
+    next(stream)
+    fail(handle, engine, monkeypatch)
+    with pytest.raises(RuntimeError, match="NaN"):
+        list(stream)
+    with pytest.raises(RuntimeError, match="NaN"):
+        list(engine.stream(handle))
+
+
+def test_pages_of_nan_are_not_found_again(plain, monkeypatch):
+    engine = Engine(plain)
+    bad = engine.submit(request(random_ids(64), 5))
+    engine.step()
+    assert len(engine._prefixes) == 1  # of 24 tokens: others may wait for it
+    fail(bad, engine, monkeypatch)
+    run_all(engine)
+    assert bad.error is not None and len(engine._prefixes) == 0
+    again = engine.submit(request(random_ids(64), 5))
+    run_all(engine)
+    assert again.cached_tokens == 0
+
+
+def test_a_stream_without_a_tokenizer_has_tokens(plain):
+    engine = Engine(plain)
+    handle = engine.submit(request(random_ids(5), 6, n=2, params={"logprobs": 1}))
+    pieces = list(engine.stream(handle))
+    assert all(piece.text == "" and len(piece.token_ids) == 1 for piece in pieces)
+    for index, output in enumerate(handle.outputs):
+        own = [piece for piece in pieces if piece.index == index]
+        assert [token for piece in own for token in piece.token_ids] == output.token_ids
+        assert [entry for piece in own for entry in piece.logprobs] == output.logprobs
+
+
+def test_leaving_a_stream_cancels(plain):
+    engine = Engine(plain)
+    handle = engine.submit(request(random_ids(5), 60))
+    for _ in engine.stream(handle):
+        break
+    assert engine.idle and handle.outputs[0].finish_reason == "cancelled"
+    other = Engine(plain).submit(request(random_ids(5), 60))
+    with pytest.raises(InputError, match="handle: found one of another engine"):
+        engine.stream(other)
+
+
+def test_generate_runs_many(plain):
+    engine = Engine(plain)
+    prompts = [random_ids(5 + i, seed=i) for i in range(9)]
+    handles = engine.generate(request(prompt, 3 + i) for i, prompt in enumerate(prompts))
+    for i, (handle, prompt) in enumerate(zip(handles, prompts, strict=True)):
+        assert handle.outputs[0].token_ids == alone(plain, prompt, 3 + i)
+    with pytest.raises(InputError, match="found no tokens"):
+        engine.generate([request(prompts[0], 3), request([], 3)])
+    assert engine.idle and engine.metrics().cancelled == 1
+
+
+def test_a_request_without_params_has_those_of_the_checkpoint(plain, monkeypatch):
+    engine = Engine(plain)
+    assert engine.submit(Request([5])).request.params == SamplingParams(temperature=0)
+    explicit = SamplingParams()
+    assert engine.submit(Request([5], explicit)).request.params is explicit
+    found = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}
+    monkeypatch.setattr("phi3c.engine.engine.generation_defaults", lambda path: found)
+    assert Engine(plain).submit(Request([5])).request.params == SamplingParams(**found)
+
+
+def test_own_pages_found_again_are_no_hits(plain):
+    """Sent back in the middle of its prompt; what it finds then it had computed itself."""
+    engine = Engine(plain, max_total_seq_len=9 * 16)
+    handle = engine.submit(request(random_ids(100), 5))
+    engine.step()
+    engine.step()
+    engine.submit(request(random_ids(60, seed=9), 3, priority=1))
+    run_all(engine)
+    metrics = engine.metrics()
+    assert metrics.preemptions == 1 and metrics.refound_tokens > 0
+    assert handle.cached_tokens == metrics.cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda e: Engine("dist/mini"), "model: found 'dist/mini'; accepted: a CompiledPhi3"),
+        (lambda e: e.submit("text"), "request: found 'text'; accepted: a Request"),
+        (lambda e: e.submit(Request(5)), "prompt: found 5; accepted: text, a list of token ids"),
+        (lambda e: e.submit(Request(None)), "prompt: found None; accepted"),
+        (lambda e: e.submit(Request(b"abc")), "prompt: found b'abc'; accepted"),
+        (lambda e: e.submit(Request({"role": "user"})), "prompt: found {'role': 'user'}; accepted"),
+        (lambda e: Request([5], {"temperature": 0}), "params: found {'temperature': 0}; accepted"),
+        (lambda e: Request([5], n=257), "n: found 257; accepted: an integer from 1 to 256"),
+    ],
+)
+def test_mistakes_are_named(plain, make, message):
+    with pytest.raises(InputError, match=message) as error:
+        make(Engine(plain))
+    assert "\n" not in str(error.value)

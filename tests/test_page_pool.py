@@ -22,10 +22,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.num_pages = num_pages
         self.held: dict[int, list[int]] = {}
         self.next_owner = 0
+        self.kept: set[int] = set()
 
     def owners(self) -> Counter:
         """Page → how many owners the model says it has."""
-        return Counter(page for pages in self.held.values() for page in pages)
+        counts = Counter(page for pages in self.held.values() for page in pages)
+        counts.update(self.kept)
+        return counts
 
     def new_owner(self, pages: list[int]) -> None:
         self.held[self.next_owner] = pages
@@ -66,6 +69,16 @@ class PoolMachine(RuleBasedStateMachine):
         owner = data.draw(st.sampled_from(list(self.held)))
         self.pool.release(self.held.pop(owner))
 
+    @rule(data=st.data())
+    def hold_or_drop(self, data):
+        if pages := sorted(self.owners()):
+            page = data.draw(st.sampled_from(pages))
+            if page in self.kept:
+                self.pool.drop(page)
+            else:
+                self.pool.hold(page)
+            self.kept ^= {page}
+
     @invariant()
     def counts_agree(self):
         owners = self.owners()
@@ -74,6 +87,8 @@ class PoolMachine(RuleBasedStateMachine):
         for page in range(self.num_pages):
             assert self.pool.owners(page) == owners[page]
             assert self.pool.is_shared(page) == (owners[page] > 1)
+            assert self.pool.is_held(page) == (page in self.kept)
+        assert self.pool.num_idle == sum(owners[page] == 1 for page in self.kept)
 
 
 TestPool = PoolMachine.TestCase

@@ -20,24 +20,33 @@ class Pages:
 
     def __init__(self) -> None:
         self.owners: dict[int, int] = {}
+        self.held: set[int] = set()
 
     def page_owners(self, page: int) -> int:
         return self.owners.get(page, 0)
 
-    def hold_pages(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self.owners[page] += 1
+    def is_idle(self, page: int) -> bool:
+        return page in self.held and self.owners[page] == 1
 
-    def drop_pages(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self.owners[page] -= 1
+    @property
+    def num_idle_pages(self) -> int:
+        return sum(map(self.is_idle, self.held))
+
+    def hold_page(self, page: int) -> None:
+        self.held.add(page)
+        self.owners[page] += 1
+
+    def drop_page(self, page: int) -> None:
+        self.held.remove(page)
+        self.owners[page] -= 1
 
     def keep(self, prefixes: PrefixCache, tokens, dropped: int, pages: Sequence[int]) -> None:
         """Pages of a sequence that ends with this."""
         for page in pages:
             self.owners[page] = self.owners.get(page, 0) + 1
         prefixes.keep(tokens, dropped, pages, SALT, {})
-        self.drop_pages(pages)
+        for page in pages:
+            self.owners[page] -= 1
 
 
 @pytest.fixture
@@ -73,17 +82,42 @@ def test_what_a_sequence_holds_is_not_given_up(pages):
     prefixes = PrefixCache(pages)
     pages.keep(prefixes, list(range(8)), 0, [1, 2])
     pages.owners[1] += 1
-    assert prefixes.num_idle == 1 and prefixes.evict(5) == 1
+    assert pages.num_idle_pages == 1 and prefixes.evict(5) == 1
     assert find(prefixes, range(9)) == (0, [1]) and prefixes.evict(5) == 0
 
 
 def test_an_idle_page_before_one_that_is_held_can_be_given_up(pages):
-    """The sequence that holds the second has a copy of its own of the first."""
+    """The sequence that holds the second has a copy of its own of the first, known in its turn."""
     prefixes = PrefixCache(pages)
     pages.keep(prefixes, list(range(8)), 0, [1, 2])
     pages.owners[2] += 1
     assert prefixes.evict(1) == 1
-    assert pages.page_owners(1) == 0 and pages.page_owners(2) == 1 and len(prefixes) == 0
+    assert pages.page_owners(1) == 0 and pages.page_owners(2) == 2
+    assert find(prefixes, range(9)) == (0, [])
+    pages.owners[2] -= 1
+    pages.keep(prefixes, list(range(8)), 0, [5, 2])
+    assert find(prefixes, range(9)) == (0, [5, 2])
+
+
+def test_what_a_failed_sequence_computed_is_forgotten(pages):
+    prefixes = PrefixCache(pages)
+    pages.keep(prefixes, list(range(8)), 0, [1, 2])
+    pages.keep(prefixes, [*range(4), 9, 9, 9, 9], 0, [1, 3])
+    prefixes.forget(list(range(8)), SALT, {})
+    assert find(prefixes, range(9)) == (0, []) and pages.held == {3}
+    assert prefixes.evict(5) == 1 and not pages.held
+
+
+def test_pages_in_use_are_passed_once_not_for_every_page_given_up(pages, monkeypatch):
+    prefixes = PrefixCache(pages)
+    for first in range(0, 2000, 4):
+        pages.keep(prefixes, [first] * 4, 0, [first])
+        pages.owners[first] += first < 1000
+    looked, is_idle = [], Pages.is_idle
+    monkeypatch.setattr(Pages, "num_idle_pages", 1)
+    monkeypatch.setattr(Pages, "is_idle", lambda self, p: looked.append(p) or is_idle(self, p))
+    assert all(prefixes.evict(1) == 1 for _ in range(100))
+    assert len(looked) < 400
 
 
 def test_a_window_is_found_without_what_it_left(pages):
@@ -118,7 +152,7 @@ def test_what_is_found_is_what_was_kept(window, sequences, asked, evicted):
         made = range(len(content), len(content) + len(tokens) // 4)
         content |= {page: tuple(tokens[: 4 * (i + 1)]) for i, page in enumerate(made)}
         pages.keep(prefixes, tokens, 0, list(made))
-    idle = prefixes.num_idle
+    idle = pages.num_idle_pages
     assert prefixes.evict(evicted) == min(evicted, idle)
     dropped, found = find(prefixes, asked)
     end = dropped + len(found)

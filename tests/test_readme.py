@@ -9,14 +9,16 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_block_runs(tmp_path, monkeypatch):
-    [block] = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
     logits = names["logits"].numpy()
     assert logits.shape == (1, 1, names["model"].config.vocab_size)
+    assert {"olleh", "HELLO"} <= set(capsys.readouterr().out.splitlines())
 
 
 def test_links_exist():

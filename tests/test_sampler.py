@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3c.engine.generation_config import generation_defaults, generation_eos_token_ids
+from phi3c.engine.logit_row import LogitRow
+from phi3c.engine.logprobs import logprobs
+from phi3c.engine.race import RaceNumbers
 from phi3c.engine.sampler import Sampler, SamplingParams, filtered_distribution
 from phi3c.errors import CheckpointError, InputError
 
@@ -147,6 +150,92 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     statistic = ((counts[probs > 0] - expected) ** 2 / expected).sum()
     freedom = expected.size - 1
     assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("params", [*SETTINGS, SamplingParams(top_p=0.5, temperature=0.2)], ids=str)
+@pytest.mark.parametrize("vocab", [1, 63, 64, 200, 1000, 5003])
+def test_the_race_against_a_slow_twin(params: SamplingParams, vocab: int) -> None:
+    """Every token's number over its probability, and the least of them."""
+    for seed in range(6):
+        logits = random_logits(seed, vocab, scale=(0.0, 0.5, 3.0)[seed % 3])
+        if seed == 5:
+            logits[::3] = -np.inf  # as a grammar does
+            logits[0] = 0
+        sampler = Sampler(SamplingParams(**{**vars(params), "seed": seed}))
+        row = LogitRow(logits)
+        numbers = RaceNumbers(sampler._key, 2, row.table.shape).of(np.arange(vocab))
+        with np.errstate(divide="ignore"):
+            times = numbers / fast_distribution(logits, params)
+        order = [i for i in np.argsort(times, kind="stable").tolist() if times[i] < np.inf]
+        assert sampler.likeliest(logits, 1, ahead=2) == order[:1]
+        assert sampler.likeliest(logits, 7, ahead=2) == order[:7]
+
+
+def test_race_numbers_are_independent_exponentials() -> None:
+    """In the block and out of it: their law, and no correlation within or between positions."""
+    shape, positions = (5, 7), 4000
+    every = np.arange(35)
+    found = np.array([RaceNumbers(11, i, shape).of(every) for i in range(positions)])
+    for column in found.T:  # Kolmogorov and Smirnov's distance, 1.95 is passed once in a thousand
+        expected = 1 - np.exp(-np.sort(column))
+        distance = np.abs(expected - (np.arange(positions) + 0.5) / positions).max()
+        assert distance * math.sqrt(positions) < 2.2
+    correlations = np.corrcoef(np.hstack([found[1:], found[:-1]]).T) - np.eye(70)
+    assert np.abs(correlations).max() < 5.5 / math.sqrt(positions)
+    for i in range(3):
+        numbers = RaceNumbers(11, i, shape)
+        ids, in_blocks = numbers.in_blocks(np.array([4, 0]))
+        assert (in_blocks == found[i][ids]).all()
+        assert numbers.least() == pytest.approx(found[i].reshape(shape).min(axis=0))
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.7)], ids=str
+)
+def test_draws_of_a_large_vocabulary_follow_the_distribution(params: SamplingParams) -> None:
+    """Likely tokens one by one, the others by what their ids leave when divided by 16."""
+    logits = random_logits(3, vocab=6000, scale=2.0)
+    probs = fast_distribution(logits, params)
+    sampler, draws = Sampler(params), 8000
+    drawn = np.array([sampler.sample(logits) for _ in range(draws)])
+    assert probs[drawn].min() > 0
+    likely = np.flatnonzero(probs > 0.002)
+    group = np.where(np.isin(np.arange(6000), likely), 16 + np.arange(6000), np.arange(6000) % 16)
+    expected = np.bincount(group, probs) * draws
+    counts = np.bincount(group[drawn], minlength=expected.size)
+    some = expected > 0
+    statistic = ((counts[some] - expected[some]) ** 2 / expected[some]).sum()
+    assert abs(statistic - some.sum() + 1) < 4 * math.sqrt(2 * some.sum())
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.8, 3.0])
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.7, 0.95, 0.9999])
+def test_top_p_of_a_large_vocabulary(temperature: float, top_p: float) -> None:
+    """Against a sort of everything in float64, up to float32's rounding of the mass."""
+    for seed in range(4):
+        logits = random_logits(seed, 20000, scale=(1.0, 4.0)[seed % 2])
+        if seed > 1:
+            logits = np.round(logits)  # thousands of ties
+        params = SamplingParams(temperature=temperature, top_p=top_p)
+        found = np.flatnonzero(fast_distribution(logits, params))
+        order = np.lexsort((np.arange(logits.size), -logits))
+        weights = np.exp((logits[order].astype(np.float64) - logits.max()) / temperature)
+        mass = np.cumsum(weights) / weights.sum()
+        assert (found == np.sort(order[: found.size])).all()  # a beginning of the order
+        assert mass[found.size - 1] >= top_p - 1e-6
+        assert found.size == 1 or mass[found.size - 2] < top_p + 1e-6
+
+
+@pytest.mark.parametrize("vocab", [3, 200, 5000])
+def test_logprobs_against_a_slow_twin(vocab: int) -> None:
+    logits = np.round(random_logits(0, vocab) * 4) / 4  # with ties
+    scores = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
+    for top in (0, 1, 5, 20):
+        own, likeliest = logprobs(logits, 2, top)
+        assert own == pytest.approx(scores[2], abs=1e-5)
+        expected = sorted(range(vocab), key=lambda i: (-scores[i], i))[:top]
+        assert list(likeliest) == expected
+        assert list(likeliest.values()) == pytest.approx(scores[expected].tolist(), abs=1e-5)
 
 
 def test_seed_fixes_the_tokens_whatever_else_runs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from phi3c.engine.async_engine import AsyncEngine
 from phi3c.engine.engine import Engine
 from phi3c.engine.request import Request
 from phi3c.engine.sampler import SamplingParams
+from phi3c.engine.sequence import Sequence
+from phi3c.errors import InputError
 
 TOY = Path(__file__).parent.parent / "examples" / "toy"
 sys.path.insert(0, str(TOY))
@@ -39,14 +42,22 @@ def prompts(count: int) -> list[tasks.Prompt]:
     return made[:count]
 
 
-def test_two_thousand_requests(toy):
+def test_two_thousand_requests(toy, monkeypatch):
     rng = random.Random(1)
     engine = Engine(toy, max_total_seq_len=16 * 40)
-    waiting, handles, cancelled = prompts(2000), [], 0
+    waiting, handles, cancelled, evicted = prompts(2000), [], 0, []
+    evict = engine._prefixes.evict
+
+    def evict_and_count(count: int) -> int:
+        evicted.append(evict(count))
+        return evicted[-1]
+
+    monkeypatch.setattr(engine._prefixes, "evict", evict_and_count)
     while waiting or not engine.idle:
         for _ in range(min(len(waiting), rng.choice([0, 0, 1, 2, 5]))):
             prompt = waiting.pop()
-            request = Request(prompt.messages(), GREEDY, priority=rng.choice([0, 0, 0, 1]))
+            n, priority = rng.choice([1] * 9 + [3]), rng.choice([0, 0, 0, 1])
+            request = Request(prompt.messages(), GREEDY, n, priority)
             handles.append((engine.submit(request), prompt))
         engine.step()
         if rng.random() < 0.05 and handles:
@@ -56,11 +67,14 @@ def test_two_thousand_requests(toy):
         check_pages(engine)
     answered = [(h, p) for h, p in handles if h.outputs[0].finish_reason != "cancelled"]
     right = sum(h.outputs[0].text == p.answer for h, p in answered)
+    assert all(output == h.outputs[0] for h, _ in answered for output in h.outputs)
     metrics = engine.metrics()
-    print(f"{right} of {len(answered)} right, {cancelled} cancelled; {metrics}")
+    pages = sum(evicted)
+    print(f"{right} of {len(answered)} right, {cancelled} cancelled, {pages} evicted; {metrics}")
     assert right >= 0.99 * len(answered)
     assert len(handles) == 2000 and metrics.cancelled == cancelled > 20
-    assert metrics.preemptions > 20 and metrics.cached_tokens > 1000 and metrics.pages_used == 0
+    assert pages > 100 and metrics.preemptions > 20 and metrics.pages_used == 0
+    assert metrics.cached_tokens > 100 and metrics.refound_tokens > 1000
 
 
 def test_asyncio_streams_many_at_once(toy):
@@ -88,6 +102,131 @@ def test_asyncio_streams_many_at_once(toy):
     asked = prompts(60)
     texts = asyncio.run(run())
     assert sum(text == p.answer for text, p in zip(texts, asked, strict=True)) >= 59
+
+
+def slow(engine: Engine, name: str, monkeypatch) -> None:
+    """A call of the engine that takes a twentieth of a second longer."""
+    call = getattr(engine, name)
+
+    def slowly(*args):
+        time.sleep(0.05)
+        return call(*args)
+
+    monkeypatch.setattr(engine, name, slowly)
+
+
+ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
+
+
+@pytest.mark.parametrize("name", ["step", "submit"])
+def test_asyncio_submit_that_is_cancelled_leaves_no_request(toy, monkeypatch, name):
+    """While a step runs before it, and while it runs itself."""
+
+    async def run() -> None:
+        engine = Engine(toy)
+        async with AsyncEngine(engine) as served:
+            handle = await served.submit(Request([5, 6], ENDLESS))
+            slow(engine, name, monkeypatch)
+            await asyncio.sleep(0.02)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(served.submit(Request([7, 8], ENDLESS)), 0.01)
+            await served.cancel(handle)
+            assert (await served.metrics()).cancelled == 2 or name == "step"
+            assert engine.idle
+
+    asyncio.run(run())
+
+
+def test_asyncio_submit_beside_a_step_that_fails(toy, monkeypatch):
+    def fails(parts):
+        time.sleep(0.05)
+        raise OSError("gone")
+
+    async def run() -> None:
+        engine = Engine(toy)
+        monkeypatch.setattr(engine, "_run", fails)
+        async with AsyncEngine(engine) as served:
+            handle = await served.submit(Request([5, 6], GREEDY))
+            await asyncio.sleep(0.02)
+            with pytest.raises(RuntimeError, match="step failed: gone"):
+                late = await served.submit(Request([5, 7], GREEDY))
+                await asyncio.wait_for(anext(served.stream(late)), 5)
+            with pytest.raises(RuntimeError, match="step failed: gone"):
+                await anext(served.stream(handle))
+            assert isinstance(handle.error.__cause__, OSError)
+            assert engine.idle and engine.metrics().failed == 2
+
+    asyncio.run(run())
+
+
+def test_asyncio_cancel_by_another_ends_every_stream(toy):
+    """Whenever the engine's thread ends a request, here between two looks at it."""
+
+    async def read(served: AsyncEngine, handle) -> None:
+        async for _ in served.stream(handle):
+            pass
+
+    async def run() -> None:
+        engine = Engine(toy)
+        async with AsyncEngine(engine) as served:
+            first = await served.submit(Request([5, 6], ENDLESS))
+            second = await served.submit(Request([7, 8], ENDLESS))
+            reader = asyncio.create_task(read(served, first))
+            await asyncio.sleep(0.02)
+            take, calls = second.take, []
+
+            def take_and_end():
+                if not calls:
+                    calls.append(served._thread.submit(engine.cancel, first).result())
+                return take()
+
+            second.take = take_and_end
+            await asyncio.wait_for(reader, 5)
+            assert calls and first.done
+            await served.abort_all()
+            await asyncio.wait_for(read(served, second), 5)
+
+    asyncio.run(run())
+
+
+def test_asyncio_handles(toy, monkeypatch):
+    async def run() -> None:
+        served = AsyncEngine(Engine(toy))
+        with pytest.raises(RuntimeError, match="not running; use it as `async with"):
+            await served.submit(Request([5, 6], GREEDY))
+        async with served:
+            handle = await served.submit(Request([5, 6], GREEDY))
+            pieces = [piece async for piece in served.stream(handle)]
+            assert [t for p in pieces for t in p.token_ids] == handle.outputs[0].token_ids
+            assert [piece async for piece in served.stream(handle)] == []
+            with pytest.raises(InputError, match="handle: found one of another engine"):
+                await anext(served.stream(Engine(toy).submit(Request([5, 6], GREEDY))))
+            failing = await served.submit(Request([5, 6], GREEDY))
+            monkeypatch.setattr(Sequence, "sample", fails)
+            with pytest.raises(RuntimeError, match="hold NaN"):
+                _ = [piece async for piece in served.stream(failing)]
+
+    def fails(self, logits):
+        raise RuntimeError("cannot sample: logits hold NaN")
+
+    asyncio.run(run())
+
+
+def test_asyncio_leaving_does_not_stop_the_event_loop(toy, monkeypatch):
+    async def run() -> None:
+        served = AsyncEngine(Engine(toy))
+        async with served:
+            served._grammar_thread.submit(time.sleep, 0.3)
+            leaving = time.perf_counter()
+            ticks = asyncio.create_task(tick())
+        assert time.perf_counter() - leaving > 0.2
+        assert ticks.done()
+
+    async def tick() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
 
 
 def test_asyncio_reports_a_failed_step(toy, monkeypatch):

@@ -239,11 +239,9 @@ def test_unseeded_samples_follow_the_distribution(plain):
     params = dict(temperature=4.0, logit_bias=dict.fromkeys(choices, 80.0))
     options = Scripted({tuple(prompt): [4, 5, 6, 4]}, depth=2, always_right=True)
     engine = Engine(plain, speculation=options)
-    handle = engine.submit(request(prompt, 4, n=samples, params=params))
-    while not engine.idle:
-        engine.step()
+    handles = engine.generate([request(prompt, 4, n=250, params=params)] * (samples // 250))
     assert 0.2 * samples < engine.metrics().accepted_tokens < samples
-    answers = np.array([output.token_ids for output in handle.outputs])
+    answers = np.array([output.token_ids for handle in handles for output in handle.outputs])
     for before in ([], [4], [5], [4, 5], [4, 6], [4, 5, 6]):
         found = answers[(answers[:, : len(before)] == before).all(axis=1), len(before)]
         weights = np.exp(SingleSequence(plain).extend([*prompt, *before])[choices] / 4.0)

@@ -1,8 +1,9 @@
 """What `phi3c bench --engine` runs through the engine, and the tables it makes of it.
 
-concurrent: equal requests, one at a time and together. shared prefix: one long beginning, in one
-request and in several that arrive together. trace: arrivals at random (trace.py), all at once and
-at a rate that the engine can follow.
+concurrent: equal requests, one at a time (each arrives when the one before it has ended) and
+together. shared prefix: one long beginning, in one request and in several that arrive together.
+trace: requests at random (trace.py): all there at once, answered one at a time and together, then
+arriving at a rate that the engine can follow.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def concurrent(model: CompiledPhi3, count: int, seed: int = 0) -> list[Replay]:
     prompt, answer = min(128, context // 2), max(1, min(64, context // 4))
     requests = _requests(model, count, 0, prompt, answer, seed)
     return [
-        replay(Engine(model, prefix_cache=False), requests[:3], "one at a time", 1),
-        replay(Engine(model, prefix_cache=False), requests, f"{count} together", None),
+        replay(Engine(model, prefix_cache=False), requests[:3], "one at a time", 1, queues=False),
+        replay(Engine(model, prefix_cache=False), requests, f"{count} together"),
     ]
 
 
@@ -42,44 +43,53 @@ def shared_prefix(model: CompiledPhi3, count: int, seed: int = 0) -> list[Replay
     own = min(16, context // 8)
     requests = _requests(model, count, prefix, own, min(8, own), seed)
     return [
-        replay(Engine(model), requests[:1], f"1 of {prefix}+{own}", None),
-        replay(Engine(model), requests, f"{count} of {prefix}+{own}", None),
+        replay(Engine(model), requests[:1], f"1 of {prefix}+{own}"),
+        replay(Engine(model), requests, f"{count} of {prefix}+{own}"),
     ]
 
 
 def random_arrivals(
-    model: CompiledPhi3, count: int, rate: float | None, prefix: int, longest: int
+    model: CompiledPhi3,
+    count: int,
+    rate: float | None,
+    prefix: int,
+    longest: int,
+    max_step_tokens: int | None = None,
 ) -> list[Replay]:
-    """`count` requests, `rate` a second; None: all at once, then at LOAD of what that answered.
+    """`count` requests, `rate` a second; None: all at once, one at a time and together, then at
+    LOAD of what that answered.
 
-    prefix, longest: as in `synthetic_trace`.
+    prefix, longest: as in `synthetic_trace`. max_step_tokens: as in Engine.
     """
 
-    def run(rate: float) -> Replay:
+    def run(rate: float, name: str, at_once: int | None = None) -> Replay:
         trace = synthetic_trace(model.config.vocab_size, count, rate, prefix, longest)
-        name = f"{rate:.3g} a second" if rate else "all at once"
-        return replay(Engine(model), trace, name, None)
+        return replay(Engine(model, max_step_tokens=max_step_tokens), trace, name, at_once)
 
     if rate is not None:
-        return [run(rate)]
-    at_once = run(0)
-    return [at_once, run(LOAD * count / at_once.seconds)]
+        return [run(rate, f"{rate:.3g} a second" if rate else "all at once")]
+    together = run(0, "all at once")
+    rate = LOAD * count / together.seconds
+    return [run(0, "one at a time", 1), together, run(rate, f"{rate:.3g} a second")]
 
 
 def render(tables: dict[str, Sequence[Replay]]) -> str:
-    """Throughput, latencies at the 50th, 90th and 99th percentile, and what the engine counted."""
+    """Throughput, latencies at the 50th, 90th and 99th percentile, the longest that any request
+    waited from one token to the next, and what the engine counted."""
     blocks = []
     for title, replays in tables.items():
         lines = [
             f"{title:18}{'tokens/s':>9}{'seconds':>9}{'first token, ms':>22}{'a token, ms':>18}"
-            f"{'batch':>7}{'computed':>10}{'cached':>8}{'preempted':>10}{'overhead':>17}"
+            f"{'largest gap':>12}{'batch':>7}{'computed':>10}{'cached':>8}{'preempted':>10}"
+            f"{'overhead':>17}"
         ]
         for r in replays:
             m = r.metrics
             overhead = 1e3 * (m.step_seconds - m.model_seconds) / max(1, m.steps)
             lines.append(
                 f"{r.name:18}{r.tokens / r.seconds:9.1f}{r.seconds:9.2f}"
-                f"{_percentiles(r.first_token):>22}{_percentiles(r.token):>18}{m.mean_batch:7.1f}"
+                f"{_percentiles(r.first_token):>22}{_percentiles(r.token):>18}"
+                f"{1e3 * max(r.gap):12.0f}{m.mean_batch:7.1f}"
                 f"{m.computed_tokens:10}{m.cached_tokens:8}{m.preemptions:10}"
                 f"{f'{overhead:.2f} ms, {m.overhead:.1%}':>17}"
             )
@@ -94,10 +104,11 @@ def bench_engine(
     rate: float | None,
     prefix: int,
     longest: int,
+    max_step_tokens: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[Replay]]:
     """Title → replays. batch: requests together in the first two, at most the artifact's; the
-    others are of `random_arrivals`. Raises InputError before anything runs.
+    others are of `random_arrivals`. Raises InputError before anything is measured.
     """
     limits = model.manifest.limits
     batch, longest = min(batch, limits.max_batch_size), min(longest, limits.context_length)
@@ -110,9 +121,10 @@ def bench_engine(
     loads = {
         "concurrent": lambda: concurrent(model, batch),
         "shared prefix": lambda: shared_prefix(model, batch),
-        "trace": lambda: random_arrivals(model, requests, rate, prefix, longest),
+        "trace": lambda: random_arrivals(model, requests, rate, prefix, longest, max_step_tokens),
     }
-    replay(Engine(model), _requests(model, 2, 0, 8, 4, seed=1), "warm", None)
+    warm = Engine(model, max_step_tokens=max_step_tokens)
+    replay(warm, _requests(model, 2, 0, 8, 4, seed=1), "warm")
     tables = {}
     for done, (title, run) in enumerate(loads.items()):
         report("bench", done, len(loads))

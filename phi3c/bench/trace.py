@@ -26,7 +26,8 @@ class Arrival:
 @dataclass(frozen=True)
 class Replay:
     """seconds: from the first arrival to the last token. Of each request: first_token, from its
-    arrival; token, the mean between its tokens after the first, 0 where there is one.
+    arrival; token, the mean between its tokens after the first, 0 where there is one; gap, the
+    longest that it waited for the next of them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Replay:
     tokens: int
     first_token: tuple[float, ...]
     token: tuple[float, ...]
+    gap: tuple[float, ...]
     metrics: Metrics
 
 
@@ -54,13 +56,25 @@ def synthetic_trace(
     return trace
 
 
-def replay(engine: Engine, trace: Sequence[Arrival], name: str, at_once: int | None) -> Replay:
-    """Runs a trace as it comes; at_once: requests in the engine at the same time, None: any."""
+def replay(
+    engine: Engine,
+    trace: Sequence[Arrival],
+    name: str,
+    at_once: int | None = None,
+    queues: bool = True,
+) -> Replay:
+    """Runs a trace as it comes; at_once: requests in the engine at the same time, None: any.
+
+    queues: a request arrives at its time, and may then have to wait to be let in; else it arrives
+    when it is let in.
+    """
     start = time.perf_counter()
     waiting = list(reversed(trace))
     arrived: dict[Handle, float] = {}
     first: dict[Handle, float] = {}
     last: dict[Handle, float] = {}
+    seen: dict[Handle, tuple[int, float]] = {}  # tokens, and when the latest came
+    gap: dict[Handle, float] = {}
     while waiting or len(last) < len(arrived):
         now = time.perf_counter() - start
         while waiting and waiting[-1].seconds <= now:
@@ -68,15 +82,21 @@ def replay(engine: Engine, trace: Sequence[Arrival], name: str, at_once: int | N
                 break
             arrival = waiting.pop()
             params = SamplingParams(temperature=0, max_tokens=arrival.max_tokens, ignore_eos=True)
-            arrived[engine.submit(Request(arrival.prompt, params))] = arrival.seconds
+            handle = engine.submit(Request(arrival.prompt, params))
+            arrived[handle] = arrival.seconds if queues else now
+            seen[handle], gap[handle] = (0, now), 0.0
         if engine.idle:
             time.sleep(max(0.0, waiting[-1].seconds - now))
             continue
         engine.step()
         now = time.perf_counter() - start
         for handle in arrived:
-            if handle.outputs[0].token_ids:
+            count, since = seen[handle]
+            if len(handle.outputs[0].token_ids) > count:
                 first.setdefault(handle, now)
+                seen[handle] = len(handle.outputs[0].token_ids), now
+                if count:
+                    gap[handle] = max(gap[handle], now - since)
             if handle.done:
                 last.setdefault(handle, now)
     lengths = {handle: len(handle.outputs[0].token_ids) for handle in arrived}
@@ -86,6 +106,7 @@ def replay(engine: Engine, trace: Sequence[Arrival], name: str, at_once: int | N
         sum(lengths.values()),
         tuple(first[h] - arrived[h] for h in arrived),
         tuple((last[h] - first[h]) / max(1, lengths[h] - 1) for h in arrived),
+        tuple(gap[h] for h in arrived),
         engine.metrics(),
     )
 

@@ -57,7 +57,7 @@ class Answer:
                 else:
                     self.prefill_seconds += seconds
                 for piece in self.handle.take():
-                    if piece.index == 0:
+                    if piece.index == 0 and piece.text:
                         yield piece.text
         finally:
             self.close()

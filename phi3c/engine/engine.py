@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 from tvm.runtime import Tensor
 
+from phi3c.engine.generation_config import generation_defaults
 from phi3c.engine.grammar import Grammar, GrammarLimits
 from phi3c.engine.grammar_compiler import GrammarCompiler
 from phi3c.engine.grammar_state import CompiledGrammar
 from phi3c.engine.metrics import Metrics
 from phi3c.engine.prefix_cache import PrefixCache
 from phi3c.engine.request import Handle, Output, Piece, Request, prompt_tokens
+from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.scheduler import Part, Scheduler
 from phi3c.engine.sequence import Sequence
 from phi3c.engine.speculation import Speculation, SpeculationOptions
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import CacheFullError, ContextLengthError, InputError
+from phi3c.manifest import Limits
 from phi3c.runtime.compiled import CompiledPhi3
 
 __all__ = ["Engine"]
@@ -38,28 +43,37 @@ class Engine:
         speculation: SpeculationOptions | None = None,
         reproducible: bool = False,
         grammar_limits: GrammarLimits | None = None,
+        max_step_tokens: int | None = None,
     ) -> None:
         """tokenizer: of the artifact by default, if it has one. max_total_seq_len: tokens of KV
         pages, by default what `create_paged_kv_cache` makes. speculation: PromptLookup or
         DraftModel; the tokens are the same with and without, but for near ties (speculation.py).
         reproducible: for these too, and whatever is preempted or found in the prefix cache: logits
         have the same bits with and without chains of drafts, decoding is somewhat slower.
-        grammar_limits: GrammarLimits() by default.
+        grammar_limits: GrammarLimits() by default. max_step_tokens: the most tokens of a step, from
+        a token a sequence (the artifact's max_batch_size) to its prefill_chunk_size, the default: a
+        smaller one bounds how long a running answer waits for its next token beside a long prompt,
+        which is computed somewhat slower.
         Raises OutOfMemoryError, InputError.
         """
+        if not isinstance(model, CompiledPhi3):
+            raise InputError(
+                f"model: found {model!r}; accepted: a CompiledPhi3, as phi3c.load(path) returns"
+            )
+        limits = _step_limits(model.manifest.limits, max_step_tokens)
         if tokenizer is None and (model.artifact.path / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_folder(model.artifact.path)
         self.model = model
         self.tokenizer = tokenizer
         room = {} if max_total_seq_len is None else {"max_total_seq_len": max_total_seq_len}
-        self._cache = model.create_paged_kv_cache(page_size=page_size, **room)
+        self._cache = model.create_paged_kv_cache(
+            page_size=page_size, prefill_chunk_size=limits.prefill_chunk_size, **room
+        )
         self._reproducible = reproducible
         self._prefixes = None
         if prefix_cache:
             self._prefixes = PrefixCache(self._cache, model.config.sliding_window)
-        self._scheduler = Scheduler(
-            self._cache, self._prefixes, model.config, model.manifest.limits, model
-        )
+        self._scheduler = Scheduler(self._cache, self._prefixes, model.config, limits, model)
         self._speculation = None
         if speculation is not None:
             drafter = speculation.start(model, self._cache.num_pages * page_size)
@@ -82,6 +96,10 @@ class Engine:
 
         compiled: its grammar, if `compile_grammar` has made it elsewhere; otherwise this waits.
         """
+        if not isinstance(request, Request):
+            raise InputError(f"request: found {request!r}; accepted: a Request")
+        if request.params is None:
+            request = replace(request, params=self._default_params)
         prompt_ids = self._checked(prompt_tokens(request.prompt, self.tokenizer))
         if request.params.stop and self.tokenizer is None:
             raise InputError("stop: found strings; accepted: none, as the engine has no tokenizer")
@@ -108,7 +126,11 @@ class Engine:
         return self._grammars.compile(grammar)
 
     def step(self) -> list[Handle]:
-        """One forward for everything that can run; the requests that it finished."""
+        """One forward for everything that can run; the requests that it finished.
+
+        What interrupts it (Ctrl-C) takes nothing from the requests: the next step goes on with
+        them, without those that were finished before it came.
+        """
         start = time.perf_counter()
         parts = self._scheduler.plan()
         if not parts:
@@ -116,19 +138,53 @@ class Engine:
         parts, logits = self._run(self._with_drafts(parts))
         complete = [part for part in parts if part.complete]
         self._scheduler.ran(parts)
-        sampled = self._advance(complete, logits)
-        done = self._collect(sampled)
+        sampled: list[Sequence] = []
+        try:
+            self._advance(complete, logits, sampled)
+        finally:
+            self._scheduler.take_back()
+            done = self._collect(sampled)
         self._metrics.steps += 1
         self._metrics.step_seconds += time.perf_counter() - start
         return done
 
     def stream(self, handle: Handle) -> Iterator[Piece]:
-        """The pieces of a request's samples, stepping as long as it runs."""
-        while True:
-            yield from handle.take()
-            if handle.done:
-                return
-            self.step()
+        """The pieces of a request's samples, stepping as long as it runs.
+
+        Who closes the iterator before its end (`break` does) cancels the request. Raises what the
+        request failed with, and InputError for a handle of another engine.
+        """
+        if not handle.done and handle not in self._submitted:
+            raise InputError("handle: found one of another engine; accepted: one of this engine's")
+        return self._stream(handle)
+
+    def _stream(self, handle: Handle) -> Iterator[Piece]:
+        try:
+            while True:
+                yield from handle.take()
+                if handle.done:
+                    break
+                self.step()
+        finally:
+            self.cancel(handle)
+        if handle.error is not None:
+            raise handle.error
+
+    def generate(self, requests: Iterable[Request]) -> list[Handle]:
+        """Runs them all to their ends; their handles, in order. One that fails carries its error.
+
+        Raises as `submit` does, and then runs none; what interrupts it cancels them.
+        """
+        handles: list[Handle] = []
+        try:
+            for request in requests:
+                handles.append(self.submit(request))
+            while not all(handle.done for handle in handles):
+                self.step()
+        finally:
+            for handle in handles:
+                self.cancel(handle)
+        return handles
 
     def cancel(self, handle: Handle) -> None:
         """End a request; what it holds is given back. Does nothing if it is done."""
@@ -136,10 +192,13 @@ class Engine:
             self._end(handle, "cancelled")
             self._metrics.cancelled += 1
 
-    def abort_all(self) -> None:
-        """Cancel every request."""
+    def abort_all(self, error: RuntimeError | None = None) -> None:
+        """Cancel every request; with an error each fails with it."""
         for handle in list(self._submitted):
-            self.cancel(handle)
+            if error is None:
+                self.cancel(handle)
+            else:
+                self._fail(handle, error)
 
     @property
     def idle(self) -> bool:
@@ -148,13 +207,16 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """Counters, as they are now."""
-        cached = self._prefixes.num_idle if self._prefixes is not None else 0
-        free, pages = self._cache.num_free_pages, self._cache.num_pages
-        self._metrics.pages_free, self._metrics.pages_cached = free, cached
-        self._metrics.pages_used = pages - free - cached
-        self._metrics.preemptions = self._scheduler.preemptions
-        self._metrics.cached_tokens = self._scheduler.cached_tokens
-        return self._metrics
+        cached, free = self._cache.num_idle_pages, self._cache.num_free_pages
+        return replace(
+            self._metrics,
+            pages_free=free,
+            pages_cached=cached,
+            pages_used=self._cache.num_pages - free - cached,
+            preemptions=self._scheduler.preemptions,
+            cached_tokens=self._scheduler.cached_tokens,
+            refound_tokens=self._scheduler.refound_tokens,
+        )
 
     # A step
 
@@ -222,22 +284,20 @@ class Engine:
         rows = hidden.numpy()[:, asked or [0]]  # the function wants one
         return self.model.get_logits(rows).numpy().reshape(rows.shape[1], -1)[: len(asked)]
 
-    def _advance(self, parts: list[Part], logits: np.ndarray) -> list[Sequence]:
-        """Sample what a forward gave logits for; the sequences that have new tokens."""
-        sampled = []
+    def _advance(self, parts: list[Part], logits: np.ndarray, sampled: list[Sequence]) -> None:
+        """Sample what a forward gave logits for. sampled: the sequences that have new tokens."""
         nodes = {part: -1 for part in parts if part.draft}  # → the last right one of the draft
         try:
             for part in parts:
                 rows, logits = logits[: 1 + len(part.draft)], logits[1 + len(part.draft) :]
                 forks = self._forks(part.sequence)
                 for sequence in (part.sequence, *forks):
-                    self._sample(sequence, rows[0])
                     sampled.append(sequence)
+                    self._sample(sequence, rows[0])
                 if part.draft:
                     self._descend(part, rows[1:], nodes)
         finally:
             self._scheduler.accept(nodes)
-        return sampled
 
     def _descend(self, part: Part, logits: np.ndarray, nodes: dict[Part, int]) -> None:
         """Sample on as long as the last token is in the draft, whose logits these are, `[m, vocab]`
@@ -278,11 +338,13 @@ class Engine:
     def _forks(self, sequence: Sequence) -> list[Sequence]:
         """The other samples of a request whose prompt was just computed."""
         handle = sequence.handle
-        if sequence.index or sequence.output.token_ids:
-            return []
-        forks = [sequence.another(self._new_id(), i) for i in range(1, handle.request.n)]
-        for fork in forks:
-            self._scheduler.fork(sequence, fork)
+        forks = []
+        if sequence.index == 0 and not sequence.output.token_ids:
+            while sequence.forks + 1 < handle.request.n:  # more than none if it was interrupted
+                fork = sequence.another(self._new_id(), sequence.forks + 1)
+                self._scheduler.fork(sequence, fork)
+                sequence.forks += 1
+                forks.append(fork)
         return forks
 
     def _collect(self, sampled: Seq[Sequence]) -> list[Handle]:
@@ -293,8 +355,7 @@ class Engine:
         done = []
         for handle in dict.fromkeys(sequence.handle for sequence in sampled):
             if handle.error is not None:
-                self._end(handle, "error")
-                self._metrics.failed += 1
+                self._fail(handle, handle.error)
             elif handle.done:
                 self._forget(handle)
                 self._metrics.finished += 1
@@ -364,9 +425,18 @@ class Engine:
             grammar,
         )
 
+    @cached_property
+    def _default_params(self) -> SamplingParams:
+        return SamplingParams(**generation_defaults(self.model.artifact.path))
+
     def _new_id(self) -> int:
         self._next_id += 1
         return self._next_id
+
+    def _fail(self, handle: Handle, error: Exception) -> None:
+        handle.error = error
+        self._end(handle, "error")
+        self._metrics.failed += 1
 
     def _end(self, handle: Handle, reason: str) -> None:
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
@@ -386,3 +456,18 @@ class Engine:
         self._scheduler.remove(sequence, keep_prefix)
         if self._speculation is not None:
             self._speculation.forget(sequence)
+
+
+def _step_limits(limits: Limits, max_step_tokens: int | None) -> Limits:
+    """The artifact's, with a chunk of so many tokens."""
+    most = limits.prefill_chunk_size
+    if max_step_tokens is None:
+        return limits
+    # Each running sequence has a token in every step: so none waits for others to end.
+    least = min(limits.max_batch_size, most)
+    if type(max_step_tokens) is not int or not least <= max_step_tokens <= most:
+        raise InputError(
+            f"max_step_tokens: found {max_step_tokens!r}; accepted: {least} (max_batch_size) to "
+            f"{most} (prefill_chunk_size)"
+        )
+    return replace(limits, prefill_chunk_size=max_step_tokens)

@@ -11,8 +11,10 @@ __all__ = ["Metrics"]
 class Metrics:
     """Sums since the engine was made; seconds are of the wall clock.
 
-    computed_tokens: through the model, recomputed ones included; cached_tokens: found as a prefix
-    instead; drafted_tokens: computed as guesses, of which accepted_tokens were right.
+    computed_tokens: through the model, recomputed ones included; cached_tokens: of prompts, found
+    as a prefix instead; refound_tokens: the same, by a sequence that was sent back or a sample that
+    waited, of its own request. drafted_tokens: computed as guesses, of which accepted_tokens were
+    right.
     sequence_steps: sequences of all steps (÷ steps: the mean batch). first_token_seconds: from
     submission, of first_tokens requests; later_token_seconds: from the token before it, of
     later_tokens of all samples; step_seconds, of which model_seconds in the model.
@@ -26,6 +28,7 @@ class Metrics:
     sequence_steps: int = 0
     computed_tokens: int = 0
     cached_tokens: int = 0
+    refound_tokens: int = 0
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0

@@ -4,15 +4,12 @@
 means for one row of logits, `Sampler` draws from it. Penalties and biases change the logits before
 (penalties.py).
 
-A draw is a race: every token of the vocabulary has an exponential random number, divided by its
-probability, and the least wins, which is each token with just its probability (the Gumbel-max
-trick, Maddison et al. 2014, without the logarithm). The numbers depend on the seed and on the
-position in the answer alone, so a seed gives the same tokens whatever else is in the batch; and who
-knows similar logits, as a draft model does, can say beforehand which tokens are likely to win
-(speculation.py).
+A draw is a race of the tokens (race.py). Its numbers depend on the seed and on the position in the
+answer alone, so a seed gives the same tokens whatever else is in the batch; and who knows similar
+logits, as a draft model does, can say beforehand which tokens are likely to win (speculation.py).
 
 Ties: top-k keeps every token as large as the k-th (as transformers does); greedy and top-p prefer
-the lower token id.
+the lower token id. In a large vocabulary top-p compares masses to float32's precision.
 """
 
 from __future__ import annotations
@@ -25,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from phi3c.engine.logit_row import LogitRow, checked_argmax
+from phi3c.engine.race import RaceNumbers, first_in_race
 from phi3c.errors import InputError
 
 __all__ = ["Sampler", "SamplingParams", "filtered_distribution"]
@@ -32,6 +31,9 @@ __all__ = ["Sampler", "SamplingParams", "filtered_distribution"]
 _MAX_SEED = 2**64
 _MOST_PENALTY = 100.0
 _MOST_BIAS = 100.0
+_FEW = 1024  # tokens that top-p just sorts
+_BIN_SHIFT = 18  # bits of a float32 that its bin leaves out
+_BINS = (0x3F800000 >> _BIN_SHIFT) + 1  # up to that of 1.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Sampler:
         self.params = params
         self._position = 0  # of the next token in the answer
         seeds = np.random.SeedSequence(params.seed, spawn_key=(stream,))
-        self._key = seeds.generate_state(2, np.uint64)
+        self._key = int(seeds.generate_state(1, np.uint64)[0])
 
     def sample(self, logits: np.ndarray) -> int:
         """The next token for `logits` [vocab]. RuntimeError if they hold NaN or +inf."""
@@ -116,28 +118,11 @@ class Sampler:
         The first of them is what `sample` takes. Fewer where fewer have a probability.
         """
         if self.params.greedy:
-            logits = _checked(logits)
-            return [_argmax(logits)] if count == 1 else _least(-logits, count)
-        ids, probs = filtered_distribution(logits, self.params)
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            times = self._numbers(self._position + ahead, logits.size)[ids] / probs
-        times[probs == 0] = np.inf
-        return ids[_least(times, count)].tolist()
-
-    def _numbers(self, position: int, vocab: int) -> np.ndarray:
-        """Exponential random numbers `[vocab]`, each position's from a stream of its own."""
-        counter = np.array([0, 0, 0, position], np.uint64)
-        stream = np.random.Philox(key=self._key, counter=counter)
-        return np.random.Generator(stream).standard_exponential(vocab)
-
-
-def _least(values: np.ndarray, count: int) -> list[int]:
-    """Indices of the least finite values, in order; the first of equals first."""
-    if count == 1:
-        return [int(values.argmin())]
-    count = min(count, int(np.isfinite(values).sum()))
-    some = np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
-    return some[np.argsort(values[some], kind="stable")][:count].tolist()
+            return _largest(logits, count)
+        row = LogitRow(logits)
+        numbers = RaceNumbers(self._key, self._position + ahead, row.table.shape)
+        lowest = _lowest(row, self.params)
+        return first_in_race(row, numbers, self.params.temperature, lowest, count)
 
 
 def filtered_distribution(
@@ -145,66 +130,85 @@ def filtered_distribution(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that `params` lets through, and their probabilities (float64, summing to 1).
 
-    logits: [vocab], any float type. Returns ids [m] int64 and probs [m]; the order is unspecified.
+    logits: [vocab], any float type. Returns ids [m] int64, ascending, and probs [m].
     """
-    logits = _checked(logits)
     if params.greedy:
-        return np.array([_argmax(logits)]), np.ones(1)
-    ids = _top_k(logits, params.top_k)
-    scores = logits[ids].astype(np.float64)
-    # Subtract before dividing: a tiny temperature then gives 0 and -inf, never inf - inf.
-    with np.errstate(over="ignore"):
-        weights = np.exp((scores - scores.max()) / params.temperature)
-    if params.top_p < 1:
-        kept = _top_p(ids, weights / weights.sum(), params.top_p)
-        ids, weights = ids[kept], weights[kept]
-    if params.min_p > 0:
-        kept = weights >= params.min_p  # the largest weight is 1: a weight is a share of it
-        ids, weights = ids[kept], weights[kept]
+        return np.array([checked_argmax(logits)]), np.ones(1)
+    row = LogitRow(logits)
+    value, last = _lowest(row, params)
+    stays = row.logits > value
+    stays[: last + 1] |= row.logits[: last + 1] == value
+    ids = np.flatnonzero(stays)
+    weights = row.weights(row.logits[ids], params.temperature)
     return ids, weights / weights.sum()
 
 
-def _top_k(logits: np.ndarray, k: int) -> np.ndarray:
-    """Ids of the logits no smaller than the k-th largest; all of them for k = 0."""
-    if not 0 < k < logits.size:
-        return np.arange(logits.size)
-    place = logits.size - int(k)
-    return np.flatnonzero(logits >= np.partition(logits, place)[place])
+def _lowest(row: LogitRow, params: SamplingParams) -> tuple[float, int]:
+    """(logit, token id) of the last token that stays, in the order of logits and then of ids.
+
+    That is all there is to say: each filter keeps a beginning of that order.
+    """
+    value, last = -np.inf, row.logits.size
+    if 0 < params.top_k < row.logits.size:
+        value = row.kth_largest(int(params.top_k))
+    if params.top_p < 1:
+        value, last = _top_p(row, value, params)
+    if params.min_p > 0:
+        around = row.top + params.temperature * np.log(params.min_p)
+        around -= 1e-6 * (abs(row.top) + abs(around))  # rounding; the weights decide
+        values = row.at_least(max(value, around))
+        least = values[row.weights(values, params.temperature) >= params.min_p].min()
+        if least > value:
+            value, last = least, row.logits.size
+    return value, last
 
 
-def _top_p(ids: np.ndarray, probs: np.ndarray, top_p: float) -> np.ndarray:
-    """Positions that stay when the least likely tokens, 1 - top_p of the mass, are dropped."""
-    # Tokens below (1 - top_p) / n are dropped in any case (n of them weigh less than 1 - top_p):
-    # what is left to sort is small.
-    drop = 1 - top_p
-    left = np.flatnonzero(probs >= drop / probs.size)
-    if left.size == 0:  # rounding, where all are alike and top_p is 0
-        left = np.array([probs.argmax()])
-    mass_below = 1 - probs[left].sum()
-    ascending = left[np.lexsort((-ids[left], probs[left]))]
-    cumulative = mass_below + np.cumsum(probs[ascending])
-    first = np.searchsorted(cumulative, drop, side="right")
-    return ascending[min(first, ascending.size - 1) :]
+def _top_p(row: LogitRow, value: float, params: SamplingParams) -> tuple[float, int]:
+    """`_lowest` of those that reach `value`, when the least likely, 1 - top_p of them, go."""
+    values, drop, below, total = row.at_least(value), 1 - params.top_p, 0.0, None
+    if values.size > _FEW:
+        # Only the bin that the limit is in has to be sorted.
+        weights = row.rough_weights(values, params.temperature)
+        reached = np.cumsum(_masses(weights))
+        total = reached[-1]
+        found = min(int(np.searchsorted(reached, drop * total, side="right")), _BINS - 1)
+        low, high = (np.array([found, found + 1], np.int32) << _BIN_SHIFT).view(np.float32)
+        values = values[(weights >= low) & (weights < high)]
+        below = reached[found - 1] if found else 0.0
+    ascending = np.sort(values)
+    reached = below + np.cumsum(row.weights(ascending, params.temperature))
+    limit = drop * (reached[-1] if total is None else total)
+    first = min(int(np.searchsorted(reached, limit, side="right")), ascending.size - 1)
+    value = ascending[first]
+    stay = int(np.searchsorted(ascending, value, side="right")) - first  # of those equal to it
+    return value, int(np.flatnonzero(row.logits == value)[stay - 1])
 
 
-def _checked(logits: np.ndarray) -> np.ndarray:
-    logits = np.asarray(logits)
-    if logits.ndim != 1 or logits.size == 0:
-        raise InputError(f"logits: found shape {list(logits.shape)}; accepted: [vocab]")
-    top = logits.max()  # NaN if any is
-    if not np.isfinite(top):
-        found = "NaN" if np.isnan(top) else "+inf" if top > 0 else "nothing but -inf"
-        raise RuntimeError(f"cannot sample: logits hold {found}")
-    return logits
+def _masses(weights: np.ndarray) -> np.ndarray:
+    """The sum of the weights in each bin, float64 `[_BINS]`, of weights float32 from 0 to 1.
+
+    A weight's upper bits are its bin: 32 bins from one power of two to the next.
+    """
+    masses = np.zeros(_BINS)
+    for start in range(0, weights.size, 8192):  # what the allocator has at hand
+        some = weights[start : start + 8192]
+        bins = (some.view(np.int32) >> _BIN_SHIFT).astype(np.intp)
+        masses += np.bincount(bins, some.astype(np.float64), minlength=_BINS)
+    return masses
+
+
+def _largest(logits: np.ndarray, count: int) -> list[int]:
+    """Ids of the largest logits that are not -inf, in order; the lower of equals first."""
+    first = checked_argmax(logits)
+    if count == 1:
+        return [first]
+    order = np.argsort(-np.asarray(logits), kind="stable")[:count]
+    return order[logits[order] > -np.inf].tolist()
 
 
 def _is_finite(value: Any) -> bool:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return number and math.isfinite(value)
-
-
-def _argmax(logits: np.ndarray) -> int:
-    return int(logits.argmax())  # the first of equals: the lowest id
 
 
 def _refusal(field: str, found: Any, accepted: str) -> InputError:

@@ -69,7 +69,7 @@ class AdapterSource(Protocol):
 class Scheduler:
     """Sequences that wait, and those that have pages.
 
-    cached_tokens: found in the prefix cache instead of computed.
+    cached_tokens, refound_tokens: found in the prefix cache instead of computed (metrics.py).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Scheduler:
     ) -> None:
         self.waiting: list[Sequence] = []  # in their order
         self.running: list[Sequence] = []
-        self.preemptions = self.cached_tokens = 0
+        self.preemptions = self.cached_tokens = self.refound_tokens = 0
         self._cache = cache
         self._prefixes = prefixes
         self._config = config
@@ -151,6 +151,14 @@ class Scheduler:
         for part, node in nodes.items():
             part.sequence.computed += part.draft.depth(node)
 
+    def take_back(self) -> None:
+        """Compute again the last token of whoever has nothing else to compute: the step that
+        computed it was interrupted before it sampled."""
+        for sequence in self.running:
+            if sequence.pending == 0:
+                self._cache.popn(sequence.id, 1)
+                sequence.computed -= 1
+
     def draft_budget(self, parts: Iterable[Part]) -> int:
         """Tokens of a forward that these parts leave."""
         return self._limits.prefill_chunk_size - sum(part.size for part in parts)
@@ -185,7 +193,7 @@ class Scheduler:
         self.wait(sequence)
 
     def remove(self, sequence: Sequence, keep_prefix: bool = True) -> None:
-        """It has ended: its pages are free or kept as a prefix."""
+        """It has ended: its pages are free or kept as a prefix; or nothing of it is kept."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._take_pages(sequence, keep_prefix)
@@ -275,13 +283,12 @@ class Scheduler:
                 needed += max(0, self.pages_of(len(other.tokens) + 1) - held)
         if needed <= room or self._prefixes is None and not without:
             return needed <= room
-        owners: Counter[int] = Counter()
-        for other in without:
-            owners.update(self._cache.sequence_pages(other.id))
-        if self._prefixes is not None:
-            owners.update(self._prefixes.pages)  # one more each
-        owners.subtract(dict.fromkeys(known, len(self.running) + 1))  # those stay
-        return needed <= room + sum(n == self._cache.page_owners(p) for p, n in owners.items())
+        room += self._cache.num_idle_pages - sum(map(self._cache.is_idle, known))  # those stay
+        owners = Counter(p for s in without for p in self._cache.sequence_pages(s.id))
+        for page in owners.keys() - known:
+            held = self._cache.is_held(page)
+            room += owners[page] + held == self._cache.page_owners(page)
+        return needed <= room
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """Whether a running one that does not go after it is to compute its next page too."""
@@ -321,13 +328,19 @@ class Scheduler:
         self._cache.add_sequence(sequence.id, length, pages, dropped)
         sequence.long_factors = long
         sequence.computed = (dropped + len(pages)) * self._cache.page_size
-        self.cached_tokens += sequence.computed
-        if sequence.index == 0 and not sequence.output.token_ids:
+        if sequence.index or sequence.admitted:
+            self.refound_tokens += sequence.computed
+        else:
+            self.cached_tokens += sequence.computed
             sequence.handle.cached_tokens = sequence.computed
+        sequence.admitted = True
 
     def _take_pages(self, sequence: Sequence, keep_prefix: bool = True) -> None:
         if keep_prefix:
             self._keep(sequence, sequence.computed)
+        elif self._prefixes is not None:
+            salt = _salt(sequence.long_factors)
+            self._prefixes.forget(sequence.tokens, salt, sequence.digests)
         self._cache.remove_sequence(sequence.id)
         sequence.computed = 0
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-
 import numpy as np
 
 from phi3c.engine.detokenizer import IncrementalDetokenizer
 from phi3c.engine.grammar_state import CompiledGrammar
+from phi3c.engine.logprobs import logprobs
 from phi3c.engine.penalties import Penalties
 from phi3c.engine.prefix_cache import Digests
 from phi3c.engine.request import Handle, Output, Piece
@@ -22,7 +21,8 @@ class Sequence:
 
     order: the smaller goes first. long_factors: LongRoPE's set in the cache. served: the last step
     that computed any of its tokens; sampled_at: when its last token came. digests: of its pages,
-    for the prefix cache. slot: of its adapter while it runs; −1: the model itself.
+    for the prefix cache. admitted: whether it ever had pages; forks: samples made of its prompt.
+    slot: of its adapter while it runs; −1: the model itself.
     """
 
     def __init__(
@@ -49,13 +49,15 @@ class Sequence:
         self.sampled_at = 0.0
         self.slot = -1
         self.digests: Digests = {}
+        self.admitted = False
+        self.forks = 0
         self._max_tokens = max_tokens
         self._eos_token_ids = eos_token_ids
         self._sampler = Sampler(params, stream=index)
         self._grammar = grammar and grammar.start()
         self._penalties = Penalties(params, handle.prompt_ids, vocab_size)
         self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, params.stop)
-
+        self._told = 0  # tokens that are in a piece
         self._rest = (arrival, max_tokens, eos_token_ids, tokenizer, vocab_size, grammar)
 
     def another(self, seq_id: int, index: int) -> Sequence:
@@ -97,32 +99,28 @@ class Sequence:
         if self._grammar is not None:
             self._grammar.accept(token_id)
         if self.handle.request.params.logprobs is not None:
-            output.logprobs.append(_logprobs(logits, token_id, self.handle.request.params.logprobs))
+            output.logprobs.append(logprobs(logits, token_id, self.handle.request.params.logprobs))
         self._penalties.add(token_id)
         self.tokens.append(token_id)
         output.token_ids.append(token_id)
         stopped = token_id in self._eos_token_ids
         full = len(output.token_ids) == self._max_tokens
+        piece = ""
         if self._detokenizer is not None:
             # What ends a grammar's answer is no part of it, even where it has a text.
             piece = "" if stopped and self._grammar else self._detokenizer.add(token_id)
             if stopped or full:
                 piece += self._detokenizer.finish()
             stopped = stopped or self._detokenizer.stopped
-            if piece:
-                output.text += piece
-                self.handle.pieces.append(Piece(self.index, piece))
+        output.text += piece
         if stopped or full:
             output.finish_reason = "stop" if stopped else "length"
+        if piece or self.finished or self._detokenizer is None:
+            self._tell(piece)
 
-
-def _logprobs(logits: np.ndarray, token_id: int, top: int) -> tuple[float, dict[int, float]]:
-    """Of the distribution before temperature and filters, as OpenAI's API has it."""
-    scores = logits.astype(np.float64)
-    scores -= scores.max()
-    scores -= np.log(np.exp(scores).sum())
-    likeliest: Seq[int] = []
-    if top:
-        likeliest = np.argpartition(-scores, min(top, scores.size) - 1)[:top]
-        likeliest = sorted(likeliest.tolist(), key=lambda i: (-scores[i], i))
-    return float(scores[token_id]), {i: float(scores[i]) for i in likeliest}
+    def _tell(self, text: str) -> None:
+        output, since = self.output, self._told
+        self._told = len(output.token_ids)
+        self.handle.pieces.append(
+            Piece(self.index, text, tuple(output.token_ids[since:]), tuple(output.logprobs[since:]))
+        )

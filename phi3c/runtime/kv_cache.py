@@ -78,7 +78,7 @@ class PagedKVCache:
         pages: Sequence[int] = (),
         dropped: int = 0,
     ) -> None:
-        """An empty sequence, or one that begins with the tokens of held `pages` (`hold_pages`).
+        """An empty sequence, or one that begins with the tokens of held `pages` (`hold_page`).
 
         dropped: pages before those, whose tokens have left the sliding window.
         max_length: tokens it may grow to. If that passes original_max_position_embeddings, the
@@ -143,13 +143,25 @@ class PagedKVCache:
         """Every page that a sequence holds."""
         return self._table.pages(seq_id)
 
-    def hold_pages(self, pages: Sequence[int]) -> None:
-        """Keeps full pages of a sequence, whatever becomes of it, until `drop_pages`."""
-        self._table.pool.share(list(pages))
+    def hold_page(self, page: int) -> None:
+        """Keeps a full page of a sequence, whatever becomes of it, until `drop_page`."""
+        self._table.pool.hold(page)
 
-    def drop_pages(self, pages: Sequence[int]) -> None:
-        """Gives held pages back."""
-        self._table.pool.release(list(pages))
+    def drop_page(self, page: int) -> None:
+        """Gives a held page back."""
+        self._table.pool.drop(page)
+
+    def is_held(self, page: int) -> bool:
+        """Whether `hold_page` keeps it."""
+        return self._table.pool.is_held(page)
+
+    def is_idle(self, page: int) -> bool:
+        """Whether it is held, and no sequence has it."""
+        return self._table.pool.is_idle(page)
+
+    @property
+    def num_idle_pages(self) -> int:
+        return self._table.pool.num_idle
 
     def page_owners(self, page: int) -> int:
         """Sequences and holders of a page; 0: it is free."""
