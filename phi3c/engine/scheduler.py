@@ -339,7 +339,7 @@ class Scheduler:
         if keep_prefix:
             self._keep(sequence, sequence.computed)
         elif self._prefixes is not None:
-            salt = _salt(sequence.long_factors)
+            salt = _salt(sequence, sequence.long_factors)
             self._prefixes.forget(sequence.tokens, salt, sequence.digests)
         self._cache.remove_sequence(sequence.id)
         sequence.computed = 0
