@@ -1,7 +1,6 @@
 """Decode steps while 0, 1 and 2 other processes each keep a core busy.
 
 python benchmarks/busy_neighbour.py dist/toy
-TVM_THREAD_POOL_SPIN_COUNT=300000 python benchmarks/busy_neighbour.py dist/toy   # TVM's default
 
 The last column is the cores that the decoding process had: in the row without neighbours, less
 than nearly all its threads means that something else was running, and the figures are void.

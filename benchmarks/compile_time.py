@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from phi3c.adapters.layout import AdapterLayout
 from phi3c.compiler import compile_library
 from phi3c.config import Phi3Config
 from phi3c.manifest import Limits
@@ -27,20 +28,24 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", type=Path)
     parser.add_argument("--quantization", default="q0f16")
     parser.add_argument("--target", default="cpu")
+    parser.add_argument("--max-loras", type=int, default=0)
+    parser.add_argument("--max-rank", type=int, default=16)
     args = parser.parse_args()
     place, scheme = parse_target(args.target), parse_scheme(args.quantization)
     for path in args.configs:
         config = Phi3Config.from_file(path)
         specs = parameter_specs(config, scheme, place.kernels)
+        layout = AdapterLayout.of(config, args.max_loras, args.max_rank, scheme.kv_dtype)
         limits = Limits(8, min(4096, config.max_position_embeddings), 512)
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "model.so"
             start = time.perf_counter()
-            made = compile_library(config, scheme, place, limits, library)
+            made = compile_library(config, scheme, place, limits, library, layout)
             seconds = time.perf_counter() - start
             result = {
                 "config": path.name,
                 "quantization": scheme.name,
+                "max_loras": args.max_loras,
                 "layers": config.num_hidden_layers,
                 "functions": len(made.spec.method_names),
                 "seconds": round(seconds, 2),

@@ -12,9 +12,10 @@ import time
 import numpy as np
 import tvm
 
+from phi3c.bench.kernel import load_kernel
 from phi3c.kernels.cpu import CpuKernels, GroupFormat
 from phi3c.quantization.group import GroupQuantization
-from phi3c.runtime.threads import physical_cores, use_threads
+from phi3c.runtime.threads import physical_cores
 from phi3c.targets import parse_target
 
 COLD_BYTES = 1e9  # of copies that are used in turn: more than any cache
@@ -32,7 +33,6 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="one copy of the weights")
     args = parser.parse_args()
     out_features, in_features = map(int, args.shape.split("x"))
-    use_threads(args.threads)
     place = parse_target("cpu")
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((out_features, in_features), dtype=np.float32)
@@ -48,8 +48,9 @@ def main() -> None:
         kernel = place.kernels.linear(out_features, in_features, form, False)
     else:
         kernel = place.kernels.int8_linear(out_features, in_features, form, False)
-        quantize = build(place.kernels.quantize_rows(in_features, form.zero), place)
-    linear = build(kernel, place)
+        rounding = place.kernels.quantize_rows(in_features, form.zero)
+        quantize = load_kernel(rounding, place, args.threads)
+    linear = load_kernel(kernel, place, args.threads)
     size = sum(array.nbytes for array in packed)
     copies = 1 if args.warm else max(2, int(COLD_BYTES // size))
     weights = [[tvm.runtime.tensor(array) for array in packed] for _ in range(copies)]
@@ -68,11 +69,6 @@ def main() -> None:
             f"{rows:5} rows {median * 1e6:9.0f} us {rate / median:7.0f} Gop/s "
             f"({rate / max(found):.0f}–{rate / min(found):.0f}) {size / median / 1e9:6.1f} GB/s"
         )
-
-
-def build(kernel: tvm.tirx.PrimFunc, place):
-    module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
-    return tvm.compile(module, target=place.tvm_target)["main"]
 
 
 def quantized(quantize, kernels: CpuKernels, x: np.ndarray) -> tvm.runtime.Tensor:

@@ -4,10 +4,11 @@
 
 Answers are samples out of an alphabet of a few random tokens (a bias puts them first and top_k
 forbids all others, so any weights will do): out of one, every guess of a prompt lookup is right;
-out of many, hardly any is; "all" is the whole vocabulary, where nothing ever matches. A draft model guesses the answers of
-the whole vocabulary, greedily and sampled at temperature 1; without --draft the artifact is its
-own, which shows how often guesses are right, not a gain. With and without take turns, and give the
-same tokens but for near ties (phi3c/engine/speculation.py). The last line is JSON.
+out of many, hardly any is; "all" is the whole vocabulary, where nothing ever matches. A draft model
+guesses the answers of the whole vocabulary, greedily and sampled at temperature 1; without --draft
+the artifact is its own, which shows how often guesses are right, not a gain. With and without take
+turns, and give the same tokens but for near ties (phi3c/engine/speculation.py). The last line is
+JSON.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .runtime.compiled import CompiledPhi3 as CompiledPhi3
     from .runtime.compiled import load as load
     from .runtime.kv_cache import PagedKVCache as PagedKVCache
+    from .runtime.loaded_adapters import Adapter as Adapter
 
 _HOME = {
     "Artifact": ".artifact",
@@ -43,6 +44,7 @@ _HOME = {
     "CompiledPhi3": ".runtime.compiled",
     "load": ".runtime.compiled",
     "PagedKVCache": ".runtime.kv_cache",
+    "Adapter": ".runtime.loaded_adapters",
 }
 __all__ = list(_HOME)
 

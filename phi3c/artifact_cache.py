@@ -34,6 +34,8 @@ def cached_artifact(
     max_batch_size: int = 8,
     context_length: int | None = None,
     prefill_chunk_size: int = 512,
+    max_loras: int = 0,
+    max_rank: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
@@ -53,6 +55,8 @@ def cached_artifact(
         "max_batch_size": max_batch_size,
         "context_length": context_length,
         "prefill_chunk_size": prefill_chunk_size,
+        "max_loras": max_loras,
+        "max_rank": max_rank,
         "seed": seed,
     }
     name = re.sub(r"[^\w.-]", "_", path.stem if path.is_file() else path.name)

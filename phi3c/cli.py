@@ -4,7 +4,7 @@ One function per command; each imports what it needs, so that `--help` is fast. 
 1 failed (this system cannot do it now, `verify` found wrong logits, a bug), 2 refused (a mistake in
 what was asked, a file that is not what it should be), 130 interrupted, 143 terminated.
 Errors are one line on stderr; --verbose puts the traceback before it. This is the only module that
-reads the environment; runtime/threads.py sets how TVM's workers wait in it.
+reads the environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,6 +40,8 @@ _COMPILE_OPTIONS = (
     "max_batch_size",
     "context_length",
     "prefill_chunk_size",
+    "max_loras",
+    "max_rank",
 )
 _SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
 
@@ -86,7 +88,7 @@ def _compile(args: argparse.Namespace) -> int:
     from .describe import human_size
 
     start = time.perf_counter()
-    options = _given(args, (*_COMPILE_OPTIONS, "seed")) | _converted_scheme(args)
+    options = _given(args, (*_COMPILE_OPTIONS, "merge_adapter", "seed")) | _converted_scheme(args)
     with _progress(args) as progress:
         artifact = compile(args.source, output=args.output, progress=progress, **options)
     seconds = time.perf_counter() - start
@@ -99,6 +101,7 @@ def _compile(args: argparse.Namespace) -> int:
             "target": manifest.target.name,
             "mcpu": manifest.target.mcpu,
             "limits": asdict(manifest.limits),
+            "adapters": None if manifest.adapters is None else asdict(manifest.adapters),
             "bytes": size,
             "seconds": seconds,
         }
@@ -137,11 +140,18 @@ def _generate(args: argparse.Namespace) -> int:
     # What can be wrong is looked at before a checkpoint is compiled.
     text = _prompt_text(args)
     grammar = grammar_from_options(args.json_schema, args.regex, args.choice)
+    adapters = _adapters(args)
     folder = _model_folder(args)
     tokenizer = Tokenizer.from_folder(folder)
     params = _sampling_params(args, folder)
     request = Request(_prompt_ids(args, tokenizer, text), params, grammar=grammar)
-    _show(Answer(_engine(args, folder, tokenizer), request), args.json)
+    engine = _engine(args, folder, tokenizer)
+    for name, path in adapters.items():
+        engine.model.load_adapter(path, name)
+    for name in adapters or [None]:
+        if len(adapters) > 1 and not args.json:
+            print(f"{name}: ", end="")
+        _show(Answer(engine, replace(request, adapter=name)), args.json)
     return 0
 
 
@@ -335,6 +345,21 @@ def _engine(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Eng
     return Engine(model, tokenizer, room, page_size, speculation=speculation)
 
 
+def _adapters(args: argparse.Namespace) -> dict[str, str]:
+    """Name → folder or repo id. A checkpoint is compiled with a slot for each."""
+    adapters: dict[str, str] = {}
+    for given in args.adapter:
+        name, equals, path = given.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"--adapter: found {given!r}; accepted: NAME=PATH")
+        if name in adapters:
+            raise InputError(f"--adapter: found {name!r} twice; accepted: a name for each")
+        adapters[name] = path
+    if adapters and args.max_loras is None and not _is_artifact(Path(args.model).expanduser()):
+        args.max_loras = len(adapters)
+    return adapters
+
+
 def _compiled(args: argparse.Namespace, source: Path) -> Path:
     """The artifact of a checkpoint in the cache, compiled now if it is not there."""
     from .artifact_cache import cached_artifact
@@ -503,6 +528,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("-o", "--output", required=True, metavar="DIR")
     _add_compile_options(made)
+    made.add_argument(
+        "--merge-adapter",
+        metavar="PATH",
+        help="LoRA adapter (folder, repo id) to add to the weights",
+    )
     made.add_argument("--seed", type=_seed, help="of random weights (0)")
 
     made = command("convert", _convert, "convert weights alone, to compile from later")
@@ -517,6 +547,13 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE", help="- is stdin")
     made.add_argument("--raw", action="store_true", help="no chat template")
+    made.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="answer with a LoRA adapter of PEFT's (folder or repo id); repeatable, an answer each",
+    )
     answer = made.add_argument_group("grammar (pip install 'phi3c[grammar]')")
     answer.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that follows it")
     answer.add_argument("--regex", metavar="RE", help="the whole answer matches it")
@@ -602,6 +639,8 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (8)")
     group.add_argument("--context-length", type=int, metavar="N", help="tokens (at most 4096)")
     group.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens (512)")
+    group.add_argument("--max-loras", type=int, metavar="N", help="slots for LoRA adapters (0)")
+    group.add_argument("--max-rank", type=int, metavar="R", help="of an adapter: 8 to 128 (16)")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

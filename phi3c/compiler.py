@@ -12,6 +12,9 @@ import tvm
 from tvm import relax
 from tvm.relax.frontend import nn
 
+from .adapters.layout import MAX_LORAS, RANKS, AdapterLayout
+from .adapters.peft_files import adapter_folder, read_adapter
+from .adapters.weights import AdapterWeights
 from .artifact import LIBRARY, Artifact, file_sha256, write_manifest
 from .config import Phi3Config
 from .converter import Progress, check_config, weights_work
@@ -40,6 +43,7 @@ def compile(
     max_loras: int = 0,
     max_rank: int = 16,
     *,
+    merge_adapter: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -50,8 +54,11 @@ def compile(
     target: `cpu` (this machine's), `cpu:<mcpu>` or `cpu:<mcpu>:<triple>`. quantization: a scheme's
     name. output: new or empty folder, or an artifact to replace. max_batch_size: sequences in a
     forward; prefill_chunk_size: new tokens in a forward; context_length: tokens in a sequence, by
-    default 4096 or the config's max_position_embeddings if that is less. max_loras, max_rank:
-    adapter slots; this version compiles none. progress: called with (stage, done, total).
+    default 4096 or the config's max_position_embeddings if that is less. max_loras: LoRA adapters
+    that can be used at a time, each of at most max_rank (8, 16, 32, 64 or 128). merge_adapter:
+    folder or repo id of a LoRA adapter that becomes a part of the weights, W + B A before they are
+    quantized; what a .gguf file stores quantized is rounded again where the adapter changes it.
+    progress: called with (stage, done, total).
 
     Raises the errors of phi3c.errors before any work where it can; nothing is left at `output`
     unless the artifact is whole.
@@ -61,23 +68,27 @@ def compile(
     scheme = parse_scheme(quantization)
     place = parse_target(target)
     find_linker(place)
-    if max_loras:
-        raise ConfigError(f"max_loras: found {max_loras}; accepted: 0 (no adapters yet)")
+    check_adapter_limits(max_loras, max_rank)
     check_output(output)
 
     def limits_of(config: Phi3Config) -> Limits:
         return _limits(config, max_batch_size, context_length, prefill_chunk_size)
 
     def accept(config: Phi3Config) -> None:
+        nonlocal adapter
         limits_of(config)
         check_config(config, scheme, place.kernels, output)
+        if merge_adapter is not None:
+            adapter = read_adapter(adapter_folder(merge_adapter), config)
 
+    adapter: AdapterWeights | None = None
     found = resolve_source(source, seed, accept)
     limits = limits_of(found.config)
-    work = weights_work(found, scheme, place.kernels)
+    layout = AdapterLayout.of(found.config, max_loras, max_rank, scheme.kv_dtype)
+    work = weights_work(found, scheme, place.kernels, adapter)
     with new_folder(output) as folder:
         report("lower", 0, 1)
-        library = compile_library(found.config, scheme, place, limits, folder / LIBRARY)
+        library = compile_library(found.config, scheme, place, limits, folder / LIBRARY, layout)
         report("lower", 1, 1)
         weights = work.write(folder, report)
         write_manifest(folder, _manifest(library, place, limits, folder, weights))
@@ -100,6 +111,17 @@ def _limits(
     return Limits(max_batch_size, context_length, max(prefill_chunk_size, max_batch_size))
 
 
+def check_adapter_limits(max_loras: int, max_rank: int) -> None:
+    """Raises ConfigError."""
+    if type(max_loras) is not int or not 0 <= max_loras <= MAX_LORAS:
+        raise ConfigError(
+            f"max_loras: found {max_loras!r}; accepted: an integer from 0 to {MAX_LORAS}"
+        )
+    if type(max_rank) is not int or max_rank not in RANKS:
+        accepted = f"{', '.join(map(str, RANKS[:-1]))} or {RANKS[-1]}"
+        raise ConfigError(f"max_rank: found {max_rank!r}; accepted: {accepted}")
+
+
 @dataclass(frozen=True)
 class Library:
     """What `compile_library` made."""
@@ -110,11 +132,16 @@ class Library:
 
 
 def compile_library(
-    config: Phi3Config, scheme: Scheme, place: Target, limits: Limits, path: Path
+    config: Phi3Config,
+    scheme: Scheme,
+    place: Target,
+    limits: Limits,
+    path: Path,
+    layout: AdapterLayout | None = None,
 ) -> Library:
     """Lowers the model and links its library to `path`. Raises TargetError without a linker."""
     link = find_linker(place)
-    model = Phi3ForCausalLM(config, scheme, place.kernels)
+    model = Phi3ForCausalLM(config, scheme, place.kernels, layout)
     spec = model.get_default_spec()
     mod, _ = model.export_tvm(spec)  # parameters in the order of `parameter_specs`
     bounds = {
@@ -150,6 +177,7 @@ def _manifest(
             layers=config.num_hidden_layers,
             bytes_per_token=token_values * np.dtype(page.dtype).itemsize,
         ),
+        adapters=library.model.layout,
         functions={
             name: _function(method, library.workspace[name])
             for name, method in zip(spec.method_names, spec.method_specs, strict=True)
@@ -165,10 +193,12 @@ def _manifest(
 
 def _function(method: nn.spec.MethodSpec, workspace: int) -> FunctionInfo:
     named = zip(method.arg_names, method.arg_specs, strict=True)
-    inputs = [TensorSpec(n, tuple(s.shape), s.dtype) for n, s in named if n != "pages"]
+    tuples = ("pages", "adapters")
+    inputs = [TensorSpec(n, tuple(s.shape), s.dtype) for n, s in named if n not in tuples]
     return FunctionInfo(
         inputs=tuple(inputs),
         takes_pages="pages" in method.arg_names,
+        takes_adapters="adapters" in method.arg_names,
         takes_parameters=method.param_mode == "packed",
         workspace_bytes=workspace,
     )

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .adapters.weights import AdapterWeights
 from .artifact import (
     PARAMETERS,
     ConvertedWeights,
@@ -17,9 +18,10 @@ from .artifact import (
     write_text_files,
 )
 from .config import Phi3Config
-from .errors import ArtifactError, SchemeError
+from .errors import ArtifactError, CheckpointError, SchemeError
 from .kernels.cpu import CpuKernels
 from .manifest import WeightsManifest
+from .merged_weights import MergedWeights
 from .output_folder import check_output, check_space, new_folder
 from .packing import packed_parameters, parameter_specs
 from .quantization.scheme import Scheme, parse_scheme
@@ -69,23 +71,38 @@ def check_config(config: Phi3Config, scheme: Scheme, kernels: CpuKernels, output
     check_space(output, sum(tensor_bytes(shape, dtype) for _, shape, dtype in specs) + _ROOM)
 
 
-def weights_work(source: Source, scheme: Scheme, kernels: CpuKernels) -> Conversion | Reuse:
+def weights_work(
+    source: Source, scheme: Scheme, kernels: CpuKernels, adapter: AdapterWeights | None = None
+) -> Conversion | Reuse:
     """What puts a source's weights into a new folder, checked as far as it can be.
 
-    Raises CheckpointError, SchemeError, ArtifactError.
+    adapter: to merge into them. Raises CheckpointError, SchemeError, ArtifactError.
     """
-    if isinstance(source, ConvertedFolder):
-        return Reuse(source, scheme, kernels)
-    return Conversion(source, scheme, kernels)
+    if not isinstance(source, ConvertedFolder):
+        return Conversion(source, scheme, kernels, adapter)
+    if adapter is not None:
+        raise CheckpointError(
+            f"merge_adapter: {source.path}: found weights that are converted already; accepted: "
+            "with the checkpoint, .gguf file or config .json that they were made of"
+        )
+    return Reuse(source, scheme, kernels)
 
 
 class Conversion:
-    """Of a source's tensors to a scheme, in the kernels' layout."""
+    """Of a source's tensors to a scheme, in the kernels' layout; merges an adapter into them."""
 
-    def __init__(self, source: Source, scheme: Scheme, kernels: CpuKernels):
+    def __init__(
+        self,
+        source: Source,
+        scheme: Scheme,
+        kernels: CpuKernels,
+        adapter: AdapterWeights | None = None,
+    ):
         self._config, self._scheme, self._kernels = source.config, scheme, kernels
         self._specs = parameter_specs(source.config, scheme, kernels)
         self._weights = source.weights()
+        if adapter is not None:
+            self._weights = MergedWeights(self._weights, source.config, adapter)
         self._text_files = source.text_files()
 
     def write(self, folder: Path, progress: Progress) -> dict[str, Any]:

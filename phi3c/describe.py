@@ -38,6 +38,7 @@ def artifact_facts(artifact: Artifact, max_total_seq_len: int) -> dict[str, Any]
             "max_total_seq_len": max_total_seq_len,
             "bytes": needed.kv_cache,
         },
+        "adapters": None if manifest.adapters is None else asdict(manifest.adapters),
         "memory": asdict(needed) | {"total": needed.total},
         "functions": {name: asdict(info) for name, info in manifest.functions.items()},
         "versions": manifest.versions,
@@ -80,6 +81,7 @@ def render(facts: dict[str, Any]) -> str:
             f"{kv['dtype']}, {human_size(kv['bytes_per_token'])} a token, "
             f"{human_size(kv['bytes'])} for {kv['max_total_seq_len']} tokens",
         ),
+        ("adapters", _adapters(facts["adapters"])),
         (
             "memory",
             ", ".join(f"{name} {human_size(size)}" for name, size in facts["memory"].items()),
@@ -134,6 +136,15 @@ def render_report(report: Report) -> str:
         f"accepted: {report.tolerance:g}"
     )
     return "\n".join(lines)
+
+
+def _adapters(layout: dict[str, Any] | None) -> str:
+    if layout is None:
+        return "no slots"
+    return (
+        f"{layout['max_loras']} slots of rank {layout['max_rank']}, {layout['dtype']}, "
+        f"{human_size(layout['bytes_per_slot'])} a slot"
+    )
 
 
 def _spec(spec: dict[str, Any]) -> str:

@@ -34,6 +34,15 @@ class InputError(Phi3CError, ValueError):
     """A caller's input is malformed: bad token ids, an empty prompt, a wrong shape."""
 
 
+class AdapterError(Phi3CError, ValueError):
+    """An adapter's files are missing, damaged or not supported, or do not fit the model; or its
+    name is unknown or taken."""
+
+
+class AdapterInUseError(Phi3CError, RuntimeError):
+    """An adapter that is to be unloaded has running requests."""
+
+
 class OutOfMemoryError(Phi3CError, MemoryError):
     """The machine has not the memory that an artifact or a KV cache would take."""
 

@@ -1,10 +1,11 @@
-"""Finds the program that links a target's library."""
+"""Finds the program that links a target's library, and compiles its thread pool."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tvm.support.cc import create_shared, cross_compiler, get_cc
 
@@ -13,6 +14,10 @@ from .targets import Target
 from .triple import architecture, runs_here
 
 Link = Callable[..., None]  # of (output path, object paths, options), as TVM calls it
+
+# Compiled as C by whatever compiler links; objects follow.
+_THREAD_POOL = Path(__file__).with_name("thread_pool.c")
+_OPTIONS = ["-O2", "-x", "c", str(_THREAD_POOL), "-x", "none"]
 
 
 def find_linker(place: Target) -> Link:
@@ -23,7 +28,7 @@ def find_linker(place: Target) -> Link:
                 f"target: {place.name}: linking the library needs a C++ compiler; found none of "
                 "g++, gcc, clang++, clang on the path, and no CXX (Debian: apt install g++)"
             )
-        return create_shared
+        return cross_compiler(create_shared, list(_OPTIONS))
     if "linux" not in place.mtriple:
         return _apple_linker(place)
     # Compilers leave the vendor out of their names or not, and know one name of an architecture.
@@ -31,7 +36,7 @@ def find_linker(place: Target) -> Link:
     names = [f"{t}-{cc}" for t in dict.fromkeys((place.mtriple, short)) for cc in ("g++", "gcc")]
     for name in names:
         if path := shutil.which(name):
-            return cross_compiler(path)
+            return cross_compiler(path, list(_OPTIONS))
     if link := _clang(place.mtriple):
         return link
     package = short.replace("_", "-")
@@ -44,7 +49,7 @@ def find_linker(place: Target) -> Link:
 
 def _apple_linker(place: Target) -> Link:
     if sys.platform == "darwin" and (cc := get_cc()):
-        return cross_compiler(cc, [f"--target={place.mtriple}"])
+        return cross_compiler(cc, [f"--target={place.mtriple}", *_OPTIONS])
     if link := _clang(place.mtriple):
         return link
     raise TargetError(
@@ -60,5 +65,7 @@ def _clang(triple: str) -> Link | None:
     if clang is None or shutil.which("ld64.lld" if apple else "ld.lld") is None:
         return None
     options = [f"--target={triple}", "-fuse-ld=lld", "-nostdlib"]
-    # What TVM's runtime defines is found when the library is loaded.
-    return cross_compiler(clang, options + (["-Wl,-undefined,dynamic_lookup"] if apple else []))
+    # What TVM's runtime and the system define is found when the library is loaded.
+    if apple:
+        options.append("-Wl,-undefined,dynamic_lookup")
+    return cross_compiler(clang, options + _OPTIONS)

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .adapters.layout import AdapterLayout
 from .config import Phi3Config
 from .errors import ArtifactError, ConfigError
 from .tensor_file import TensorInfo
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -41,13 +42,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FunctionInfo:
-    """One function of the library. `pages` and the parameters follow the inputs, as tuples.
+    """One function of the library. Pages, pools of adapters and parameters follow the inputs, as
+    tuples, if it takes them.
 
     workspace_bytes: storage that the memory planner gave it, at the artifact's limits.
     """
 
     inputs: tuple[TensorSpec, ...]
     takes_pages: bool
+    takes_adapters: bool
     takes_parameters: bool
     workspace_bytes: int
 
@@ -157,17 +160,19 @@ class Manifest(WeightsManifest):
     target: TargetInfo
     limits: Limits
     kv_layout: KVLayout
+    adapters: AdapterLayout | None  # None: it has no slots for any
     functions: dict[str, FunctionInfo]
     library_sha256: str
     versions: dict[str, str]
 
     @classmethod
     def _fields(cls, data: dict[str, Any]) -> dict[str, Any]:
-        target, kv = data["target"], data["kv_layout"]
+        target, kv, adapters = data["target"], data["kv_layout"], data["adapters"]
         return super()._fields(data) | {
             "target": TargetInfo(**target | {"cpu_flags": tuple(target["cpu_flags"])}),
             "limits": Limits(**data["limits"]),
             "kv_layout": KVLayout(**kv | {"page_shape": tuple(kv["page_shape"])}),
+            "adapters": None if adapters is None else AdapterLayout(**adapters),
             "functions": {name: _function(entry) for name, entry in data["functions"].items()},
             "library_sha256": str(data["library_sha256"]),
             "versions": dict(data["versions"]),
@@ -181,6 +186,7 @@ def _function(entry: dict[str, Any]) -> FunctionInfo:
     return FunctionInfo(
         inputs=tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in entry["inputs"]),
         takes_pages=bool(entry["takes_pages"]),
+        takes_adapters=bool(entry["takes_adapters"]),
         takes_parameters=bool(entry["takes_parameters"]),
         workspace_bytes=int(entry["workspace_bytes"]),
     )

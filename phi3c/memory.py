@@ -30,13 +30,19 @@ def memory(manifest: Manifest, max_total_seq_len: int) -> Memory:
         weights=weights_bytes(manifest),
         kv_cache=kv_bytes(manifest.kv_layout, max_total_seq_len, manifest.kv_layout.block_tokens),
         workspace=max((f.workspace_bytes for f in manifest.functions.values()), default=0),
-        adapters=0,  # this version compiles none
+        adapters=adapter_bytes(manifest),
     )
 
 
 def weights_bytes(manifest: WeightsManifest) -> int:
     """Of all parameters."""
     return sum(tensor_bytes(info.shape, info.dtype) for info in manifest.parameters)
+
+
+def adapter_bytes(manifest: Manifest) -> int:
+    """Of the slots of adapters, filled or not."""
+    layout = manifest.adapters
+    return layout.max_loras * layout.bytes_per_slot if layout else 0
 
 
 def kv_bytes(layout: KVLayout, max_total_seq_len: int, page_size: int) -> int:

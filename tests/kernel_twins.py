@@ -53,6 +53,23 @@ def silu_mul(gate_up: np.ndarray) -> np.ndarray:
         return up * gate / (1 + np.exp(-gate))
 
 
+# Adapters: pools a `[slots, max_rank, in]`, b `[slots, panels, max_rank, 16]`
+
+
+def shrink(x: np.ndarray, a: np.ndarray, slot, rank) -> np.ndarray:
+    """`[n, max_rank]`; what is past a row's rank is 0."""
+    h = np.matmul(np.take(a, slot, axis=0).astype(np.float64), x[:, :, None])[:, :, 0]
+    return np.where(np.arange(a.shape[1]) < np.asarray(rank)[:, None], h, 0)
+
+
+def expand(h: np.ndarray, b: np.ndarray, slot, rank, out_features: int) -> np.ndarray:
+    """`[n, out]`: what the adapters add to a linear's output."""
+    columns = b.swapaxes(2, 3).reshape(len(b), -1, b.shape[2])  # [slots, panels·16, max_rank]
+    used = np.where(np.arange(b.shape[2]) < np.asarray(rank)[:, None], h, 0)
+    y = np.matmul(np.take(columns, slot, axis=0).astype(np.float64), used[:, :, None])
+    return y[:, :out_features, 0]
+
+
 # Rotary embedding
 
 

@@ -40,6 +40,8 @@ def compile_tiny(output: Path) -> Artifact:
         max_batch_size=2,
         context_length=64,
         prefill_chunk_size=16,
+        max_loras=1,
+        max_rank=8,
     )
 
 
@@ -234,12 +236,12 @@ def test_a_missing_folder_or_manifest_is_refused(tmp_path):
         ("3", "not the manifest of a phi3c artifact"),
         ("{}", "not the manifest of a phi3c artifact"),
         ('{"manifest_version": 3, "name": "x"}', "not the manifest of a phi3c artifact"),
-        ('{"format": "phi3c"}', "format_version: found None; accepted: 2"),
-        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 2. Make it again"),
-        ('{"format": "phi3c", "format_version": 1}', "found 1; accepted: 2. Make it again"),
-        ('{"format": "phi3c", "format_version": 2}', "edited by hand or damaged"),
-        (signed({"format": "phi3c", "format_version": 2}), "broken manifest"),
-        (signed({"format": "phi3c-weights", "format_version": 2}), "not the manifest of a phi3c"),
+        ('{"format": "phi3c"}', "format_version: found None; accepted: 3"),
+        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 3. Make it again"),
+        ('{"format": "phi3c", "format_version": 2}', "found 2; accepted: 3. Make it again"),
+        ('{"format": "phi3c", "format_version": 3}', "edited by hand or damaged"),
+        (signed({"format": "phi3c", "format_version": 3}), "broken manifest"),
+        (signed({"format": "phi3c-weights", "format_version": 3}), "not the manifest of a phi3c"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path, text, message):
@@ -262,6 +264,7 @@ def test_a_manifest_without_any_of_its_fields_is_refused(twice):
         ("target",),
         ("limits",),
         ("kv_layout",),
+        ("adapters",),
         ("functions", "prefill"),
         ("functions", "prefill", "inputs", 0),
         ("parameters", 0),
@@ -279,7 +282,7 @@ def test_a_manifest_without_any_of_its_fields_is_refused(twice):
     assert Manifest.from_json(json.dumps(whole), Path("m")) == twice[0].manifest
 
 
-@pytest.mark.parametrize("field", ["limits", "kv_layout", "functions", "versions"])
+@pytest.mark.parametrize("field", ["limits", "kv_layout", "adapters", "functions", "versions"])
 def test_a_manifest_edited_by_hand_is_refused(artifact, field):
     file = artifact.path / MANIFEST
     body = json.loads(file.read_text())
@@ -418,8 +421,8 @@ class Block(importlib.abc.MetaPathFinder):
         package, _, rest = name.partition(".")
         unit = rest.partition(".")[0]
         if package == "phi3c" and unit not in {
-            "", "artifact", "config", "errors", "manifest", "memory", "tensor_file", "triple",
-            "runtime"
+            "", "adapters", "artifact", "config", "errors", "hub", "manifest", "memory",
+            "runtime", "tensor_file", "triple"
         }:
             raise ImportError(f"{name} is blocked")
 

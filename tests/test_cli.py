@@ -131,7 +131,7 @@ def test_compile(compiled, checkpoint):
         "context_length": CONTEXT,
         "prefill_chunk_size": 16,
     }
-    assert facts["bytes"] > 100_000 and facts["seconds"] > 0
+    assert facts["bytes"] > 100_000 and facts["seconds"] > 0 and facts["adapters"] is None
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -197,6 +197,8 @@ def test_broken_checkpoints(fails, checkpoint, tmp_path, name):
         (["--quantization", "q9"], "quantization: found 'q9'; accepted: q0f32"),
         (["--context-length", "0"], "context_length: found 0; accepted: an integer from 1 to 256"),
         (["--prefill-chunk-size", "-1"], "prefill_chunk_size: found -1"),
+        (["--max-loras", "-1"], "max_loras: found -1; accepted: an integer from 0 to 1024"),
+        (["--max-rank", "12"], "max_rank: found 12; accepted: 8, 16, 32, 64 or 128"),
     ],
 )
 def test_compile_options(fails, checkpoint, tmp_path, options, text):
@@ -469,6 +471,8 @@ def test_kept_artifacts(ok, checkpoint, artifact, compilations, tmp_path):
         "max_batch_size": 2,
         "context_length": CONTEXT,
         "prefill_chunk_size": 16,
+        "max_loras": 0,
+        "max_rank": 16,
         "seed": 0,
     }
 

@@ -29,8 +29,8 @@ from safetensors.numpy import save
 
 from phi3c.config import Phi3Config
 from phi3c.errors import CheckpointError, ConfigError
+from phi3c.hub import download, download_files
 from phi3c.sources import TEXT_FILES, resolve_source
-from phi3c.sources.hub import download
 from phi3c.weights import checkpoint_shapes
 
 REPO = "owner/tiny"
@@ -270,6 +270,51 @@ def test_a_new_commit_brings_only_what_changed(hub, monkeypatch):
     folder = download(REPO, TEXT_FILES)
     assert folder != old and names(folder) == set(hub.files)
     assert hub.fetched() == ["tokenizer.json"]
+
+
+# Some files of a repo: an adapter's
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def adapter_repo(hub: FakeHub) -> None:
+    hub.files = {name: name.encode() for name in ADAPTER}
+    hub.files |= {"README.md": b"# An adapter", "adapter_model.bin": b"pickle"}
+    hub.files |= {"optimizer.pt": b"pickle", "checkpoint-10/adapter_config.json": b"{}"}
+
+
+def fetch_adapter() -> Path:
+    return download_files(REPO, ADAPTER, "a LoRA adapter")
+
+
+def test_only_the_files_asked_for(hub):
+    adapter_repo(hub)
+    folder = fetch_adapter()
+    assert names(folder) == set(ADAPTER) and hub.fetched() == list(ADAPTER)
+    assert (folder / ADAPTER[1]).read_bytes() == hub.files[ADAPTER[1]]
+
+
+def test_files_in_the_cache_serve_without_a_network(hub, monkeypatch):
+    adapter_repo(hub)
+    folder = fetch_adapter()
+    host = unplug(monkeypatch)
+    assert fetch_adapter() == folder
+    (folder / ADAPTER[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"{host} cannot .*; {ADAPTER[1]} of {REPO} not in"):
+        fetch_adapter()
+
+
+def test_a_repo_without_a_file(hub):
+    adapter_repo(hub)
+    del hub.files[ADAPTER[1]]
+    with pytest.raises(
+        CheckpointError, match=r"no adapter_model.safetensors .*\(but adapter_model.b"
+    ):
+        fetch_adapter()
+    del hub.files[ADAPTER[0]]
+    with pytest.raises(CheckpointError, match="no adapter_config.json in the repo; accepted: the "):
+        fetch_adapter()
+    assert hub.fetched() == []
 
 
 # What is refused before any weight is downloaded

@@ -24,6 +24,7 @@ COMPILE_WING = {
     "weights",
     "sources",
     "packing",
+    "merged_weights",
     "converter",
     "compiler",
 }
@@ -35,28 +36,32 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "triple": set(),
+    "hub": {"config", "errors"},
     "tensor_file": {"errors"},
-    "manifest": {"config", "errors", "tensor_file"},
+    "adapters": {"config", "errors", "hub"},
+    "manifest": {"adapters", "config", "errors", "tensor_file"},
     "artifact": {"errors", "manifest", "tensor_file"},
     "output_folder": {"artifact", "errors", "memory"},
     "memory": {"manifest", "tensor_file"},
     # compile wing
     "kernels": set(),
     "quantization": {"kernels", "errors"},
-    "model": {"config", "kernels", "quantization", "errors"},
+    "model": {"adapters", "config", "kernels", "quantization", "errors"},
     "passes": set(),
     "pipeline": {"passes"},
     "targets": {"kernels", "errors"},
     "linker": {"errors", "targets", "triple"},
     "weights": {"config", "errors", "quantization"},
-    "sources": {"artifact", "config", "errors", "manifest", "quantization", "weights"},
+    "sources": {"artifact", "config", "errors", "hub", "manifest", "quantization", "weights"},
     "packing": {"config", "errors", "kernels", "model", "quantization", "tensor_file", "weights"},
-    "converter": {"artifact", "config", "errors", "kernels", "manifest", "output_folder", "packing"}
+    "merged_weights": {"adapters", "config", "quantization", "weights"},
+    "converter": {"adapters", "artifact", "config", "errors", "kernels", "manifest"}
+    | {"merged_weights", "output_folder", "packing"}
     | {"quantization", "sources", "targets", "tensor_file"},
-    "compiler": {"artifact", "config", "converter", "errors", "linker", "manifest", "model"}
-    | {"output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
+    "compiler": {"adapters", "artifact", "config", "converter", "errors", "linker", "manifest"}
+    | {"model", "output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
-    "runtime": {"artifact", "config", "errors", "manifest", "memory", "triple"},
+    "runtime": {"adapters", "artifact", "config", "errors", "manifest", "memory", "triple"},
     "engine": {"runtime", "config", "errors", "artifact", "manifest"},
     "serve": {"engine", "runtime", "config", "errors", "artifact"},
     # above both wings
@@ -70,6 +75,7 @@ MAY_IMPORT = {
         "engine",
         "errors",
         "kernels",
+        "linker",
         "manifest",
         "memory",
         "runtime",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tvm
 from conftest import make_checkpoint
+from test_adapter_kernels import test_int8_shrink  # noqa: F401
 from test_quantization import (
     test_int8_linear_at_the_ends_of_the_range,  # noqa: F401
     test_quantize_rows,  # noqa: F401

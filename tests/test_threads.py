@@ -1,104 +1,180 @@
-"""TVM's thread pool. Each script runs in a new process: a pool is set up once."""
+"""How many threads there are, and the pool that is linked into every library (thread_pool.c)."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from phi3c.errors import InputError
-from phi3c.runtime.threads import check_threads, physical_cores
+import phi3c
+from phi3c.errors import ArtifactError, InputError
+from phi3c.linker import find_linker
+from phi3c.runtime.threads import ThreadPool, check_threads, physical_cores
+from phi3c.targets import parse_target
 
 ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "phi3c" / "thread_pool.c"
+STRESS = Path(__file__).with_name("thread_pool_stress.c")
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-SPIN = "TVM_THREAD_POOL_SPIN_COUNT"
 several_cpus = pytest.mark.skipif(CPUS < 2, reason="one CPU: every pool has one thread")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 
-# What the environment says when TVM is asked for its pool.
-SETTING = """
-import os, tvm
-from phi3c.runtime import threads
-
-def configure(*args):
-    print(os.environ.get("TVM_THREAD_POOL_SPIN_COUNT"))
-
-functions = {"runtime.config_threadpool": configure, "runtime.NumThreads": lambda: 1}
-tvm.get_global_func = functions.get
-threads.use_threads(1)
-"""
-
-SEVERAL = """
-import sys, threading
-from phi3c.runtime.threads import pool_size, use_threads
-
-found = {}
-
-def other(count):
-    use_threads(count)
-    found[count] = pool_size()
-
-most = int(sys.argv[1])
-use_threads(1)
-running = [threading.Thread(target=other, args=(count,)) for count in range(1, most + 1)]
-for thread in running:
-    thread.start()
-for thread in running:
-    thread.join()
-assert found == {count: count for count in range(1, most + 1)}, found
-assert pool_size() == 1
-use_threads(most)
-assert pool_size() == most
-print("done")
-"""
-
-TOO_LATE = """
-import sys, threading, tvm
-from phi3c.runtime.threads import use_threads
-
-assert tvm.get_global_func("runtime.NumThreads")() == 1
-use_threads(int(sys.argv[1]))
-"""
+TASK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
-def run_python(script: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
-    ours = {SPIN, "TVM_NUM_THREADS", "OMP_NUM_THREADS"}
-    kept = {key: value for key, value in os.environ.items() if key not in ours}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *args],
-        capture_output=True,
-        text=True,
-        env=kept | {"PYTHONPATH": str(ROOT)} | environment,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def pool(tmp_path):
+    """A library of nothing but the pool."""
+    path = tmp_path / "pool.so"
+    find_linker(parse_target("cpu"))(str(path), [])
+    library = ctypes.CDLL(str(path))
+    yield library
+    library.phi3c_end_workers()
 
 
-def test_workers_sleep_instead_of_spinning():
-    assert run_python(SETTING).stdout == "0\n"
+@pytest.fixture(scope="module")
+def tiny_artifact(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("threads") / "tiny"
+    phi3c.compile(ROOT / "configs" / "tiny.json", output=folder)
+    return folder
 
 
-def test_the_users_own_spin_count_stays():
-    assert run_python(SETTING, **{SPIN: "1000"}).stdout == "1000\n"
+def launch(library: ctypes.CDLL, parts: int, fails=()) -> tuple[int, list[tuple[int, int]]]:
+    """(what the launch returns, (part, thread) of every call)"""
+    calls = []
+
+    def task(part: int, group: int, data: int) -> int:
+        calls.append((part, threading.get_native_id()))
+        return int(part in fails)
+
+    return library.phi3c_parallel_launch(TASK(task), None, parts), calls
+
+
+def tasks_of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 100])
+def test_every_part_is_done_once(pool, threads, parts):
+    pool.phi3c_set_threads(threads)
+    for _ in range(20):
+        code, calls = launch(pool, parts)
+        assert code == 0
+        assert sorted(part for part, _ in calls) == list(range(parts))
+        assert len({thread for _, thread in calls}) <= threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_loop_of_its_own_size_has_a_few_parts_a_thread(pool, threads):
+    pool.phi3c_set_threads(threads)
+    parts = len(launch(pool, 0)[1])
+    assert parts == 1 if threads == 1 else threads < parts <= 8 * threads
+
+
+@linux
+def test_there_are_as_many_threads_as_asked_for(pool):
+    before = tasks_of_this_process()
+    for threads in (3, 1, 2, 5):
+        pool.phi3c_set_threads(threads)
+        launch(pool, 0)
+        assert tasks_of_this_process() == before + threads - 1
+    pool.phi3c_end_workers()
+    assert tasks_of_this_process() == before
+    launch(pool, 0)
+    assert tasks_of_this_process() == before + 4
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_part_that_fails_fails_the_launch_in_the_callers_thread(pool, threads):
+    pool.phi3c_set_threads(threads)
+    code, calls = launch(pool, 10, fails={7})
+    assert code != 0
+    assert calls[-1] == (7, threading.get_native_id())
+    assert launch(pool, 10)[0] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_the_child_of_a_fork_has_workers_of_its_own(pool):
+    pool.phi3c_set_threads(3)
+    launch(pool, 9)
+    child = os.fork()
+    if child == 0:
+        _, calls = launch(pool, 9)
+        pool.phi3c_end_workers()
+        os._exit(0 if sorted(part for part, _ in calls) == list(range(9)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(launch(pool, 9)[1]) == 9
+
+
+@linux
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_many_launches_under_sanitizers(tmp_path, sanitizer):
+    program = tmp_path / "stress"
+    flags = ["-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
+    subprocess.run(["gcc", *flags, SOURCE, STRESS, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "every part was done once\n"), done.stderr
+
+
+def test_a_library_without_a_pool_is_refused(tmp_path):
+    path = tmp_path / "other.so"
+    subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", path], check=True)
+    with pytest.raises(ArtifactError, match="other.so: not a library that phi3c has linked"):
+        ThreadPool(path)
+
+
+@linux
+@several_cpus
+def test_a_model_runs_on_the_threads_it_was_loaded_with(tiny_artifact):
+    def logits(model: phi3c.CompiledPhi3) -> np.ndarray:
+        cache = model.create_paged_kv_cache()
+        cache.add_sequence(0)
+        with cache.forward([0], [5]):
+            return model.prefill(model.embed([1, 2, 3, 4, 5]), cache)[0].numpy()
+
+    before = tasks_of_this_process()
+    one = phi3c.load(tiny_artifact, threads=1)
+    alone = logits(one)
+    assert tasks_of_this_process() == before
+    two = phi3c.load(tiny_artifact, threads=2)
+    assert np.array_equal(logits(two), alone)
+    assert tasks_of_this_process() == before + 1
+    assert np.array_equal(logits(one), alone)
+    assert tasks_of_this_process() == before
+    logits(two)
+    del one, two
+    gc.collect()
+    assert tasks_of_this_process() == before
 
 
 @several_cpus
-@pytest.mark.parametrize("environment", [{}, {"TVM_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}])
-def test_each_python_thread_has_the_size_it_asked_for(environment):
-    assert run_python(SEVERAL, str(min(CPUS, 4)), **environment).stdout == "done\n"
+def test_models_of_one_library_in_several_python_threads_at_once(tiny_artifact):
+    models = [phi3c.load(tiny_artifact, threads=2) for _ in range(3)]
+    found = {}
 
+    def run(index: int) -> None:
+        model = models[index]
+        cache = model.create_paged_kv_cache()
+        cache.add_sequence(0)
+        for _ in range(20):
+            with cache.forward([0], [3]):
+                found[index] = model.prefill(model.embed([7, 8, 9]), cache)[0].numpy()
+            cache.popn(0, 3)
 
-@several_cpus
-def test_a_pool_that_tvm_started_before_cannot_grow_and_that_is_said():
-    done = run_python(TOO_LATE, "2", TVM_NUM_THREADS="1")
-    assert "threads: found 1, asked for 2" in done.stderr
-
-
-def test_a_pool_that_is_large_enough_is_no_warning():
-    assert run_python(TOO_LATE, "1", TVM_NUM_THREADS="1").stderr == ""
+    running = [threading.Thread(target=run, args=(i,)) for i in range(len(models))]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert all(np.array_equal(found[i], found[0]) for i in range(len(models)))
 
 
 def test_threads_are_all_physical_cores_by_default():
@@ -110,10 +186,10 @@ def test_threads_are_all_physical_cores_by_default():
 def test_physical_cores_are_those_the_process_may_use():
     code = (
         "import os; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))});"
-        "from phi3c.runtime.threads import check_threads, pool_size, use_threads;"
-        "use_threads(check_threads(None)); print(pool_size(), len(os.sched_getaffinity(0)))"
+        "from phi3c.runtime.threads import check_threads; print(check_threads(None))"
     )
-    assert run_python(code).stdout == "1 1\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "1\n", done.stderr
 
 
 @pytest.mark.parametrize("threads", [0, -1, CPUS + 1, 1.0, True, "2"])

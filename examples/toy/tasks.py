@@ -5,7 +5,8 @@ right or wrong without judgement. A sixteenth of all questions, chosen by a hash
 training conversation contains them.
 
 Lengths are counted here without a tokenizer, because the toy tokenizer is that simple: a command
-word is one token, every other ASCII character is one token, and so is each special token.
+word is one token, every other ASCII character is one token, and so is each special token. The
+commands of the adapters' tasks, which the tokenizer does not know, are spelled out in characters.
 """
 
 from __future__ import annotations
@@ -97,13 +98,39 @@ def upper(rng: random.Random) -> Turn:
     return Turn(f"upper {word}", word.upper())
 
 
+def rotate(rng: random.Random) -> Turn:
+    """``rotate abc`` → ``bca``, with 2 to 8 random letters."""
+    while True:
+        word = _letters(rng)
+        if word[1:] + word[0] not in TASKS:
+            return Turn(f"rotate {word}", word[1:] + word[0])
+
+
+def down(rng: random.Random) -> Turn:
+    """``down 52917`` → ``97521``, with 2 to 8 random digits."""
+    digits = rng.choices(string.digits, k=rng.randint(2, 8))
+    return Turn(f"down {''.join(digits)}", "".join(sorted(digits, reverse=True)))
+
+
+def shout(rng: random.Random) -> Turn:
+    """``shout abc`` → ``CBA``, with 2 to 8 random letters."""
+    word = _letters(rng)
+    return Turn(f"shout {word}", word[::-1].upper())
+
+
 TASKS: dict[str, Callable[[random.Random], Turn]] = {
     "reverse": reverse,
     "sort": sort,
     "add": add,
     "upper": upper,
 }
-#: How often each task is trained, from how many examples each takes to learn.
+#: Tasks that the checkpoint cannot do without the adapter of that name.
+ADAPTER_TASKS: dict[str, Callable[[random.Random], Turn]] = {
+    "rotate": rotate,
+    "down": down,
+    "shout": shout,
+}
+#: How often each task of the checkpoint is trained, from how many examples each takes to learn.
 WEIGHTS = {"reverse": 4, "sort": 5, "add": 8, "upper": 3}
 
 
@@ -117,23 +144,28 @@ def held_out(task: str, count: int, seed: int) -> list[Turn]:
     rng = random.Random(f"{task}/{seed}")
     found: dict[str, Turn] = {}
     while len(found) < count:
-        turn = TASKS[task](rng)
+        turn = (TASKS | ADAPTER_TASKS)[task](rng)
         if is_held_out(turn.question):
             found.setdefault(turn.question, turn)
     return list(found.values())
 
 
-def training_turn(rng: random.Random) -> Turn:
-    """One turn that is not held out, of a task drawn by ``WEIGHTS``."""
+def training_turn(rng: random.Random, adapter: str | None = None) -> Turn:
+    """One turn that is not held out, of an adapter's task or else of one drawn by ``WEIGHTS``."""
     while True:
-        turn = TASKS[rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]](rng)
+        if adapter is None:
+            task = TASKS[rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]]
+        else:
+            task = ADAPTER_TASKS[adapter]
+        turn = task(rng)
         if not is_held_out(turn.question):
             return turn
 
 
 def prompt_tokens(question: str) -> int:
     """The tokens of one question with what the chat format puts around it."""
-    return _QUESTION_FRAME + 1 + len(question) - len(question.split()[0])
+    command = question.split()[0]
+    return _QUESTION_FRAME + len(question) - (len(command) - 1 if command in TASKS else 0)
 
 
 def turn_tokens(turn: Turn) -> int:
@@ -151,31 +183,35 @@ def system_prompt(rng: random.Random) -> str | None:
     return rng.choice(SYSTEM_PROMPTS) if rng.random() < 1 / 8 else None
 
 
-def conversation(rng: random.Random, low: int, high: int) -> list[Turn]:
-    """Training turns that together take ``low`` to ``high`` tokens.
+def conversation(
+    rng: random.Random, low: int, high: int, adapter: str | None = None
+) -> list[Turn] | None:
+    """Training turns that together take ``low`` to ``high`` tokens; ``None`` if none are found.
 
     No turn is shorter than 14 tokens, so a range that ends below that must include 0, and a narrow
-    range just above it may hold no conversation at all.
+    range just above it may hold no conversation at all, which a thousand tries are taken to show.
     """
-    while True:
+    for _ in range(1000):
         turns: list[Turn] = []
         total = 0
         while total < low:
-            turns.append(training_turn(rng))
+            turns.append(training_turn(rng, adapter))
             total += turn_tokens(turns[-1])
         if total <= high:
             return turns
+    return None
 
 
-def _prompt(rng: random.Random, turn: Turn, low: int, high: int) -> Prompt:
+def _prompt(rng: random.Random, adapter: str | None, turn: Turn, low: int, high: int) -> Prompt:
     """A prompt of ``low`` to ``high`` tokens that ends in the question of ``turn``."""
     own = prompt_tokens(turn.question)
     while True:
         system = system_prompt(rng)
         used = own + system_tokens(system)
         if used <= high:
-            history = conversation(rng, low - used, high - used)
-            return Prompt(system, tuple(history), *turn)
+            history = conversation(rng, low - used, high - used, adapter)
+            if history is not None:
+                return Prompt(system, tuple(history), *turn)
 
 
 def _prompts(
@@ -183,7 +219,8 @@ def _prompts(
 ) -> list[Prompt]:
     """Held-out questions of one task, each in a prompt whose length lies in its ``span``."""
     rng = random.Random(f"prompts/{task}/{seed}")
-    return [_prompt(rng, turn, *span(rng, turn)) for turn in held_out(task, count, seed)]
+    adapter = task if task in ADAPTER_TASKS else None
+    return [_prompt(rng, adapter, turn, *span(rng, turn)) for turn in held_out(task, count, seed)]
 
 
 def short_prompts(task: str, count: int, seed: int, limit: int = ORIGINAL_MAX) -> list[Prompt]:

@@ -26,7 +26,13 @@ import torch
 from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -149,12 +155,12 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 # ---------------------------------------------------------------------------------------- data
 
 
-def training_texts(rng: random.Random, length: int) -> Iterator[str]:
+def training_texts(rng: random.Random, length: int, adapter: str | None = None) -> Iterator[str]:
     """Endless conversations in the chat format, each of at least ``length`` tokens."""
     while True:
         system = tasks.system_prompt(rng)
         text = "" if system is None else f"<|system|>\n{system}<|end|>\n"
-        for question, answer in tasks.conversation(rng, length, length + 64):
+        for question, answer in tasks.conversation(rng, length, length + 64, adapter):
             text += f"<|user|>\n{question}<|end|>\n<|assistant|>\n{answer}<|end|>\n"
         yield text
 
@@ -167,15 +173,16 @@ class Batches:
     its answer is about to pass the original length.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, seed: int, adapter: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self.adapter = adapter
         self.rng = random.Random(f"training/{seed}")
         self.assistant = tokenizer.token_to_id("<|assistant|>")
         self.special = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
 
     def draw(self, length: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ``length`` tokens, ``tokens`` in all, as inputs and as next-token targets."""
-        texts = training_texts(self.rng, length)
+        texts = training_texts(self.rng, length, self.adapter)
         encoded = self.tokenizer.encode_batch_fast([next(texts) for _ in range(tokens // length)])
         ids = np.array([row.ids[:length] for row in encoded], dtype=np.int64)
         targets = np.where(self.in_answer(ids), ids, -100)
@@ -323,6 +330,24 @@ def greedy(model: Phi3ForCausalLM, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
+def exact_answers(
+    model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[tasks.Prompt]
+) -> str:
+    """How many greedy answers are exact, as a cell of a table."""
+    ids = [
+        tokenizer.apply_chat_template(
+            prompt.messages(), add_generation_prompt=True, return_dict=False
+        )
+        for prompt in prompts
+    ]
+    assert [len(row) for row in ids] == [prompt.tokens() for prompt in prompts]
+    right = sum(
+        tokenizer.decode(row).split("<|end|>")[0] == prompt.answer
+        for row, prompt in zip(greedy(model, ids), prompts, strict=True)
+    )
+    return f"{right / len(prompts):.1%} ({right}/{len(prompts)})"
+
+
 def evaluate(folder: Path, count: int, seed: int) -> None:
     """Prints the share of exact greedy answers to held-out prompts, by task and prompt length.
 
@@ -335,21 +360,10 @@ def evaluate(folder: Path, count: int, seed: int) -> None:
     print(f"exact greedy answers, {count} held-out prompts in each cell\n")
     print("| task | " + " | ".join(PROMPTS) + " |\n|---|" + "---|" * len(PROMPTS))
     for task in tasks.TASKS:
-        cells = []
-        for make_prompts in PROMPTS.values():
-            prompts = make_prompts(task, count, seed)
-            ids = [
-                tokenizer.apply_chat_template(
-                    prompt.messages(), add_generation_prompt=True, return_dict=False
-                )
-                for prompt in prompts
-            ]
-            assert [len(row) for row in ids] == [prompt.tokens() for prompt in prompts]
-            right = sum(
-                tokenizer.decode(row).split("<|end|>")[0] == prompt.answer
-                for row, prompt in zip(greedy(model, ids), prompts, strict=True)
-            )
-            cells.append(f"{right / count:.1%} ({right}/{count})")
+        cells = [
+            exact_answers(model, tokenizer, make_prompts(task, count, seed))
+            for make_prompts in PROMPTS.values()
+        ]
         print(f"| {task} | " + " | ".join(cells) + " |", flush=True)
 
 

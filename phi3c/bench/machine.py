@@ -12,8 +12,8 @@ import numpy as np
 import tvm
 
 from ..kernels.cpu.calibration import DOTS, READ_LANES, STREAMS, int8_products, read_stream
-from ..runtime.threads import use_threads
 from ..targets import parse_target
+from .kernel import load_kernel
 
 _READ_BYTES = 1 << 30  # far more than any cache
 _STEPS = 200_000
@@ -42,9 +42,9 @@ class Calibration:
     def __init__(self, threads: int):
         place = parse_target("cpu")
         dot = place.kernels.isa.dot.for_bits(4)
-        self._threads = threads
-        self._read = _build(read_stream(threads), place.tvm_target)
-        self._multiply = _build(int8_products(place.kernels.isa, threads), place.tvm_target)
+        self._read = load_kernel(read_stream(threads), place, threads)
+        products = int8_products(place.kernels.isa, threads)
+        self._multiply = load_kernel(products, place, threads)
         rows = _READ_BYTES // (4 * threads * STREAMS * READ_LANES)
         stream = tvm.runtime.empty((threads, rows, STREAMS, READ_LANES), "float32")
         np.from_dlpack(stream)[:] = 1
@@ -62,17 +62,11 @@ class Calibration:
 
     def rates(self, runs: int = 3) -> Rates:
         """Medians of `runs`, after one that is not counted."""
-        use_threads(self._threads)
         read = [_timed(self._read, *self._stream) for _ in range(runs + 1)][1:]
         multiply = [_timed(self._multiply, *self._operands) for _ in range(runs + 1)][1:]
         return Rates(
             self.nbytes / statistics.median(read), self._operations / statistics.median(multiply)
         )
-
-
-def _build(kernel: tvm.tirx.PrimFunc, target: tvm.target.Target):
-    module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
-    return tvm.compile(module, target=target)["main"]
 
 
 def _timed(function, *arguments) -> float:

@@ -73,7 +73,7 @@ class Engine:
         self._prefixes = None
         if prefix_cache:
             self._prefixes = PrefixCache(self._cache, model.config.sliding_window)
-        self._scheduler = Scheduler(self._cache, self._prefixes, model.config, limits)
+        self._scheduler = Scheduler(self._cache, self._prefixes, model.config, limits, model)
         self._speculation = None
         if speculation is not None:
             drafter = speculation.start(model, self._cache.num_pages * page_size)
@@ -91,8 +91,8 @@ class Engine:
         self._metrics = Metrics()
 
     def submit(self, request: Request, compiled: CompiledGrammar | None = None) -> Handle:
-        """Queue a request. Raises InputError, ContextLengthError, and CacheFullError where it
-        could never fit; then nothing is queued.
+        """Queue a request. Raises InputError, ContextLengthError, CacheFullError where it could
+        never fit, and AdapterError where its adapter is not loaded; then nothing is queued.
 
         compiled: its grammar, if `compile_grammar` has made it elsewhere; otherwise this waits.
         """
@@ -108,6 +108,8 @@ class Engine:
         if request.grammar is not None and compiled is None:
             compiled = self.compile_grammar(request.grammar)
         handle = Handle(request, prompt_ids, [Output() for _ in range(request.n)])
+        if request.adapter is not None:
+            handle.adapter = self.model.hold_adapter(request.adapter)
         self._arrivals += 1
         self._scheduler.wait(self._sequence(handle, max_tokens, compiled))
         self._submitted[handle] = time.perf_counter()
@@ -229,11 +231,13 @@ class Engine:
         last token and of its draft's tokens."""
         while parts:
             counts = [part.size for part in parts]
+            ids = [part.sequence.id for part in parts]
+            slots = [part.sequence.slot for part in parts for _ in range(part.size)]
             parents = None
             if any(part.draft for part in parts):
                 parents = [parent for part in parts for parent in part.parents]
             try:
-                with self._cache.forward([part.sequence.id for part in parts], counts, parents):
+                with self._cache.forward(ids, counts, parents, slots):
                     start = time.perf_counter()
                     logits = self._forward(parts)
             except CacheFullError:
@@ -353,7 +357,7 @@ class Engine:
             if handle.error is not None:
                 self._fail(handle, handle.error)
             elif handle.done:
-                del self._submitted[handle]
+                self._forget(handle)
                 self._metrics.finished += 1
             else:
                 continue
@@ -440,7 +444,13 @@ class Engine:
                 self._remove(sequence, keep_prefix=handle.error is None)
         for output in handle.outputs:
             output.finish_reason = output.finish_reason or reason
+        self._forget(handle)
+
+    def _forget(self, handle: Handle) -> None:
+        """It is done."""
         del self._submitted[handle]
+        if handle.adapter is not None:
+            self.model.drop_adapter(handle.adapter.name)
 
     def _remove(self, sequence: Sequence, keep_prefix: bool = True) -> None:
         self._scheduler.remove(sequence, keep_prefix)

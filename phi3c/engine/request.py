@@ -12,6 +12,7 @@ from phi3c.engine.grammar import Grammar
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import InputError, Phi3CError
+from phi3c.runtime.loaded_adapters import Adapter
 
 __all__ = ["Handle", "Output", "Piece", "Request", "prompt_tokens"]
 
@@ -27,7 +28,8 @@ class Request:
     as on the command line; `SamplingParams()` samples at temperature 1. n: samples of it, which
     have their turn before requests of the same priority that came later. priority: the higher goes
     first. grammar: what the answer must look like; it then ends with an end-of-sequence token,
-    unless max_tokens or a stop string cuts it.
+    unless max_tokens or a stop string cuts it. adapter: the name of a loaded LoRA adapter; None for
+    the model itself.
     """
 
     prompt: Prompt
@@ -35,6 +37,7 @@ class Request:
     n: int = 1
     priority: int = 0
     grammar: Grammar | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.params is not None and not isinstance(self.params, SamplingParams):
@@ -45,6 +48,8 @@ class Request:
             raise InputError(f"priority: found {self.priority!r}; accepted: an integer")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise InputError(f"grammar: found {self.grammar!r}; accepted: a Grammar, or None")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InputError(f"adapter: found {self.adapter!r}; accepted: a name, or None")
         if self.grammar is not None and self.params is not None and self.params.ignore_eos:
             raise InputError("ignore_eos: found true; accepted: false, as eos ends a grammar")
 
@@ -82,7 +87,8 @@ class Piece:
 @dataclass(eq=False)
 class Handle:
     """A submitted request, its params filled in. error: why it failed, if it did. cached_tokens: of
-    its prompt, those found in the prefix cache when it first had its turn.
+    its prompt, those found in the prefix cache when it first had its turn. adapter: that it runs
+    with.
     """
 
     request: Request
@@ -91,6 +97,7 @@ class Handle:
     error: Phi3CError | RuntimeError | None = None
     cached_tokens: int = 0
     pieces: list[Piece] = field(default_factory=list)  # not taken yet
+    adapter: Adapter | None = None
 
     @property
     def done(self) -> bool:

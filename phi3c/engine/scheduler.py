@@ -6,7 +6,8 @@ neither blocks short ones nor waits for them. Sequences wait in the order of pri
 where pages run out, the last in that order is sent back to wait and computed again later
 (preemption by recompute). One that waits takes place and pages of running ones of lower priority,
 never of its equals: so two can not send each other back in turns. One whose beginning a running
-sequence is just computing waits for those pages.
+sequence is just computing waits for those pages, and one whose adapter finds no free slot waits for
+that; nobody behind it then takes a slot, so that it gets one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from phi3c.config import Phi3Config
 from phi3c.engine.draft import NO_DRAFT, Draft
@@ -56,6 +58,14 @@ class Part:
         return self.count == self.sequence.pending
 
 
+class AdapterSource(Protocol):
+    """Puts adapters into slots: CompiledPhi3, which says more of these."""
+
+    def acquire_adapter(self, name: str) -> int | None: ...
+
+    def release_adapter(self, name: str) -> None: ...
+
+
 class Scheduler:
     """Sequences that wait, and those that have pages.
 
@@ -68,6 +78,7 @@ class Scheduler:
         prefixes: PrefixCache | None,
         config: Phi3Config,
         limits: Limits,
+        adapters: AdapterSource,
     ) -> None:
         self.waiting: list[Sequence] = []  # in their order
         self.running: list[Sequence] = []
@@ -76,6 +87,7 @@ class Scheduler:
         self._prefixes = prefixes
         self._config = config
         self._limits = limits
+        self._adapters = adapters
         self._step = 0
 
     def wait(self, sequence: Sequence) -> None:
@@ -166,6 +178,8 @@ class Scheduler:
             self._cache.fork_sequence(parent.id, child.id)
             child.computed, child.long_factors = parent.computed, parent.long_factors
             child.served = parent.served
+            took = self._take_slot(child)
+            assert took, "the parent's adapter is in a slot"
             self.running.append(child)
         else:
             self.wait(child)
@@ -175,6 +189,7 @@ class Scheduler:
         self.preemptions += 1
         self.running.remove(sequence)
         self._take_pages(sequence)
+        self._leave_slot(sequence)
         self.wait(sequence)
 
     def remove(self, sequence: Sequence, keep_prefix: bool = True) -> None:
@@ -182,6 +197,7 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._take_pages(sequence, keep_prefix)
+            self._leave_slot(sequence)
         else:
             self.waiting.remove(sequence)
 
@@ -190,20 +206,50 @@ class Scheduler:
 
     def _admit(self) -> None:
         held = 0  # whose places nobody behind them takes
+        slot_wanted = False  # by one that goes first
         for first in list(self.waiting):
             if len(self.running) + held >= self._limits.max_batch_size and not self._below(first):
                 return
             if self._is_being_computed(first):
                 held += 1
                 continue
+            if first.handle.adapter is not None:
+                slot_wanted = slot_wanted or not self._make_slot(first)
+                if slot_wanted:
+                    continue
             yielding = self._yielding(first)
             if yielding is None:
+                self._leave_slot(first)
                 return
             for sequence in yielding:
                 self.preempt(sequence)
             self.waiting.remove(first)
             self.running.append(first)
             self._give_pages(first)
+
+    def _make_slot(self, sequence: Sequence) -> bool:
+        """Its adapter is in a slot, for which running ones of lower priority may have to go."""
+        below = sorted(self._below(sequence), key=lambda s: s.order)
+        while not self._take_slot(sequence):
+            while below and below[-1].slot < 0:
+                below.pop()
+            if not below:
+                return False
+            self.preempt(below.pop())
+        return True
+
+    def _take_slot(self, sequence: Sequence) -> bool:
+        adapter = sequence.handle.adapter
+        if adapter is None:
+            return True
+        slot = self._adapters.acquire_adapter(adapter.name)
+        sequence.slot = -1 if slot is None else slot
+        return slot is not None
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            self._adapters.release_adapter(sequence.handle.adapter.name)
+            sequence.slot = -1
 
     def pages_of(self, tokens: int) -> int:
         """The most pages that a sequence of so many tokens holds; a window's leave behind it."""
@@ -263,14 +309,16 @@ class Scheduler:
         return False
 
     def _digest(self, sequence: Sequence, page: int, long_factors: bool) -> bytes:
-        return self._prefixes.key(sequence.tokens, page, _salt(long_factors), sequence.digests)
+        return self._prefixes.key(
+            sequence.tokens, page, _salt(sequence, long_factors), sequence.digests
+        )
 
     def _known_prefix(self, sequence: Sequence) -> tuple[int, list[int]]:
         """(pages that left the window, the pages after them)"""
         if self._prefixes is None:
             return 0, []
         long = self._config.needs_long_factors(len(sequence.tokens))
-        return self._prefixes.find(sequence.tokens, _salt(long), sequence.digests)
+        return self._prefixes.find(sequence.tokens, _salt(sequence, long), sequence.digests)
 
     def _give_pages(self, sequence: Sequence) -> None:
         """Add it to the cache, with the pages of a known prefix."""
@@ -303,7 +351,7 @@ class Scheduler:
         dropped, pages = self._cache.full_pages(sequence.id)
         pages = pages[: max(0, tokens // self._cache.page_size - dropped)]
         if pages:
-            salt = _salt(sequence.long_factors)
+            salt = _salt(sequence, sequence.long_factors)
             self._prefixes.keep(sequence.tokens, dropped, pages, salt, sequence.digests)
 
 
@@ -322,5 +370,8 @@ def _rank(sequence: Sequence) -> int:
     return sequence.order[0]
 
 
-def _salt(long_factors: bool) -> bytes:
-    return b"long" if long_factors else b"short"
+def _salt(sequence: Sequence, long_factors: bool) -> bytes:
+    """What changes its keys and values beside its tokens."""
+    factors = "long" if long_factors else "short"
+    adapter = sequence.handle.adapter
+    return f"{factors} {adapter.generation if adapter else 0}".encode()

@@ -22,6 +22,7 @@ class Sequence:
     order: the smaller goes first. long_factors: LongRoPE's set in the cache. served: the last step
     that computed any of its tokens; sampled_at: when its last token came. digests: of its pages,
     for the prefix cache. admitted: whether it ever had pages; forks: samples made of its prompt.
+    slot: of its adapter while it runs; −1: the model itself.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Sequence:
         self.long_factors = False
         self.served = -1
         self.sampled_at = 0.0
+        self.slot = -1
         self.digests: Digests = {}
         self.admitted = False
         self.forks = 0

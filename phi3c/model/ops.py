@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from tvm.relax.frontend import nn
 
 from ..config import Phi3Config
-from ..kernels.cpu import CpuKernels, GroupFormat, WeightFormat
+from ..kernels.cpu import CpuKernels, GroupFormat, LowRank, WeightFormat
 from ..kernels.cpu.layout import GROUP
 from ..quantization.group import GroupQuantization
 from ..quantization.layers import GroupWeight, Weight, make_weight
 from ..quantization.scheme import Kind, Scheme
+from .adapter_inputs import LinearAdapters
 from .attention_inputs import DecodeInputs, PrefillInputs
 
 Tensor = nn.Tensor
@@ -37,11 +38,12 @@ Activation = Tensor | Int8Rows
 
 @dataclass(frozen=True)
 class Ops:
-    """The kernels of one target, bound to a config and a scheme."""
+    """The kernels of one target, bound to a config and a scheme; low_rank: to room for adapters."""
 
     config: Phi3Config
     scheme: Scheme
     kernels: CpuKernels
+    low_rank: LowRank | None = None
 
     def _out(self, *shape) -> Tensor:
         return Tensor.placeholder(list(shape), self.kernels.activation_dtype)
@@ -60,27 +62,61 @@ class Ops:
 
     def take_rows(self, x: Tensor, positions: Tensor) -> Tensor:
         """x `[n, features]`, positions `[b]` → `[b, features]`."""
-        kernel = self.kernels.take_rows(x.shape[1])
-        out = self._out(positions.shape[0], x.shape[1])
+        kernel = self.kernels.take_rows(x.shape[1], x.dtype)
+        out = Tensor.placeholder([positions.shape[0], x.shape[1]], x.dtype)
         return nn.op.tensor_ir_op(kernel, "take_rows", [x, positions], out)
 
     def last_row(self, x: Tensor) -> Tensor:
         """x `[n, features]` → its last row `[1, features]`."""
-        kernel = self.kernels.last_row(x.shape[1])
-        return nn.op.tensor_ir_op(kernel, "last_row", [x], self._out(1, x.shape[1]))
+        kernel = self.kernels.last_row(x.shape[1], x.dtype)
+        out = Tensor.placeholder([1, x.shape[1]], x.dtype)
+        return nn.op.tensor_ir_op(kernel, "last_row", [x], out)
 
-    def linear(self, x: Activation, weight: Weight, out_features: int, residual=None) -> Tensor:
-        """x `[n, in]`, plain or as `quantize` gives it → x Wᵀ (+ residual) `[n, out]`."""
+    def linear(
+        self,
+        x: Activation,
+        weight: Weight,
+        out_features: int,
+        residual: Tensor | None = None,
+        adapters: LinearAdapters | None = None,
+    ) -> Tensor:
+        """x `[n, in]`, plain or as `quantize` gives it → x Wᵀ (+ residual) `[n, out]`, and what
+        the rows' adapters add.
+        """
         if isinstance(weight, GroupWeight) and isinstance(x, Tensor):
             x = self.quantize(x, weight.quantization)
         kind, arrays = _parts(weight)
         out = self._out(x.shape[0], out_features)
         added = [] if residual is None else [residual]
+        shrunk = self._shrink(x, adapters) if adapters else []
         if isinstance(x, Int8Rows):
-            kernel = self.kernels.int8_linear(out_features, x.features, kind, bool(added))
-            return nn.op.tensor_ir_op(kernel, "int8_linear", [x.words, *arrays, *added], out)
+            form = (out_features, x.features, kind, bool(added), self.low_rank if shrunk else None)
+            args = [x.words, *arrays, *added, *shrunk]
+            return nn.op.tensor_ir_op(self.kernels.int8_linear(*form), "int8_linear", args, out)
         kernel = self.kernels.linear(out_features, x.shape[1], kind, bool(added))
-        return nn.op.tensor_ir_op(kernel, "linear", [x, *arrays, *added], out)
+        y = nn.op.tensor_ir_op(kernel, "linear", [x, *arrays, *added], out)
+        return self._expand(shrunk, y) if shrunk else y
+
+    def _shrink(self, x: Activation, adapters: LinearAdapters) -> list[Tensor]:
+        """The products of the rows' A with x, and what the other half needs: h, b, slot, rank."""
+        a, slot, rank = adapters.a, adapters.slot, adapters.rank
+        out = self._out(x.shape[0], self.low_rank.max_rank)
+        if isinstance(x, Int8Rows):
+            kernel, name, rows = self.kernels.int8_shrink, "int8_shrink", x.words
+        else:
+            kernel, name, rows = self.kernels.shrink, "shrink", x
+        made = kernel(x.shape[1], self.low_rank)
+        return [nn.op.tensor_ir_op(made, name, [rows, a, slot, rank], out), adapters.b, slot, rank]
+
+    def _expand(self, shrunk: list[Tensor], y: Tensor) -> Tensor:
+        """Adds what `_shrink` gave, times B, to y `[n, out]`, in place."""
+        return nn.op.tensor_ir_inplace_op(
+            self.kernels.expand(y.shape[1], self.low_rank),
+            "expand",
+            [*shrunk, y],
+            inplace_indices=len(shrunk),
+            out=Tensor.placeholder(y.shape, y.dtype),
+        )
 
     def quantize(self, x: Tensor, kind: Kind) -> Activation:
         """x `[n, features]` as a linear of `kind` reads it: in int8 where the scheme says so."""
@@ -101,18 +137,27 @@ class Ops:
         kernel = self.kernels.rms_norm_quantize(x.shape[1], self.config.rms_norm_eps, kind.zero)
         return self._int8_rows(kernel, "rms_norm_quantize", [x, weight], x.shape[1])
 
-    def gated_linear(self, x: Activation, weight: Weight, features: int, kind: Kind) -> Activation:
+    def gated_linear(
+        self,
+        x: Activation,
+        weight: Weight,
+        features: int,
+        kind: Kind,
+        adapters: LinearAdapters | None = None,
+    ) -> Activation:
         """x `[n, in]`, weight of gate and up → up · silu(gate) `[n, features]`, as a linear of
         `kind` reads it.
         """
         if not (isinstance(x, Int8Rows) and self._int8(kind)):
-            gate_up = self.linear(x, weight, 2 * features)
+            gate_up = self.linear(x, weight, 2 * features, adapters=adapters)
             kernel = self.kernels.silu_mul(features)
             out = self._out(gate_up.shape[0], features)
             return self.quantize(nn.op.tensor_ir_op(kernel, "silu_mul", [gate_up], out), kind)
         form, arrays = _parts(weight)
-        kernel = self.kernels.int8_gated(features, x.features, form, kind.zero)
-        return self._int8_rows(kernel, "int8_gated_linear", [x.words, *arrays], features)
+        shrunk = self._shrink(x, adapters) if adapters else []
+        low_rank = self.low_rank if shrunk else None
+        kernel = self.kernels.int8_gated(features, x.features, form, kind.zero, low_rank)
+        return self._int8_rows(kernel, "int8_gated_linear", [x.words, *arrays, *shrunk], features)
 
     def _int8(self, kind: Kind) -> bool:
         return isinstance(kind, GroupQuantization) and self.scheme.int8_activations

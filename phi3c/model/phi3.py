@@ -3,6 +3,9 @@
 Shapes at each line: n = new tokens of all sequences, b = sequences, h = hidden_size. Sequences lie
 one after another in n; what belongs to which, and where its keys and values are, is data
 (attention_inputs.py). `pages` is a list with one KV tensor per layer, updated in place.
+
+With room for LoRA adapters (`layout`) every forward function is there twice: as without, and as
+`<name>_with_adapters`, whose rows each may have an adapter (adapter_inputs.py).
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from collections.abc import Callable
 import numpy as np
 from tvm.relax.frontend import nn
 
+from ..adapters.layout import AdapterLayout
 from ..config import Phi3Config
-from ..kernels.cpu import CpuKernels
+from ..kernels.cpu import CpuKernels, LowRank
 from ..quantization.scheme import Kind, Scheme
+from .adapter_inputs import AdapterInputs, LayerAdapters, LinearAdapters, pools_spec, row_specs
 from .attention_inputs import DecodeInputs, PrefillInputs, input_specs
 from .ops import Activation, Ops
 
@@ -25,10 +30,17 @@ Rows = Callable[[Tensor], Tensor]  # [n, features] → the rows that are asked f
 class Phi3ForCausalLM(nn.Module):
     """The functions of an artifact; `get_default_spec` gives their inputs."""
 
-    def __init__(self, config: Phi3Config, scheme: Scheme, kernels: CpuKernels):
+    def __init__(
+        self,
+        config: Phi3Config,
+        scheme: Scheme,
+        kernels: CpuKernels,
+        layout: AdapterLayout | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.ops = Ops(config, scheme, kernels)
+        self.layout = layout
+        self.ops = Ops(config, scheme, kernels, _low_rank(layout))
         self.model = Phi3Model(self.ops)
         if not config.tie_word_embeddings:
             kind = scheme.vocabulary
@@ -38,8 +50,15 @@ class Phi3ForCausalLM(nn.Module):
         x = self.model.embed_tokens(input_ids)  # [n, h]
         return nn.op.reshape(x, (1, *x.shape))  # [1, n, h]
 
-    def prefill(self, input_embed: Tensor, inputs: PrefillInputs, pages: list[Tensor]) -> Tensor:
-        x = self.model(_rows(input_embed), inputs, pages, self.ops.last_row)  # [1, h]
+    def prefill(
+        self,
+        input_embed: Tensor,
+        inputs: PrefillInputs,
+        pages: list[Tensor],
+        adapters: AdapterInputs | None = None,
+    ) -> Tensor:
+        last = self.ops.last_row
+        x = self.model(_rows(input_embed), inputs, pages, adapters, last)  # [1, h]
         logits = self._head(x)  # [1, vocab]
         return nn.op.reshape(logits, (1, *logits.shape))  # [1, 1, vocab]
 
@@ -49,31 +68,44 @@ class Phi3ForCausalLM(nn.Module):
         logit_positions: Tensor,
         inputs: PrefillInputs,
         pages: list[Tensor],
+        adapters: AdapterInputs | None = None,
     ) -> Tensor:
         def asked(x: Tensor) -> Tensor:
             return self.ops.take_rows(x, logit_positions)
 
-        x = self.model(_rows(input_embed), inputs, pages, asked)  # [b, h]
+        x = self.model(_rows(input_embed), inputs, pages, adapters, asked)  # [b, h]
         logits = self._head(x)  # [b, vocab]
         return nn.op.reshape(logits, (1, *logits.shape))  # [1, b, vocab]
 
     def batch_decode(
-        self, input_embed: Tensor, inputs: DecodeInputs, pages: list[Tensor]
+        self,
+        input_embed: Tensor,
+        inputs: DecodeInputs,
+        pages: list[Tensor],
+        adapters: AdapterInputs | None = None,
     ) -> Tensor:
-        logits = self._head(self.model(_rows(input_embed), inputs, pages))  # [b, vocab]
+        logits = self._head(self.model(_rows(input_embed), inputs, pages, adapters))  # [b, vocab]
         return nn.op.reshape(logits, (logits.shape[0], 1, logits.shape[1]))  # [b, 1, vocab]
 
     def batch_verify(
-        self, input_embed: Tensor, inputs: PrefillInputs, pages: list[Tensor]
+        self,
+        input_embed: Tensor,
+        inputs: PrefillInputs,
+        pages: list[Tensor],
+        adapters: AdapterInputs | None = None,
     ) -> Tensor:
-        logits = self._head(self.model(_rows(input_embed), inputs, pages))  # [n, vocab]
+        logits = self._head(self.model(_rows(input_embed), inputs, pages, adapters))  # [n, vocab]
         return nn.op.reshape(logits, (1, *logits.shape))  # [1, n, vocab]
 
     def to_last_hidden_states(
-        self, input_embed: Tensor, inputs: DecodeInputs, pages: list[Tensor]
+        self,
+        input_embed: Tensor,
+        inputs: DecodeInputs,
+        pages: list[Tensor],
+        adapters: AdapterInputs | None = None,
     ) -> Tensor:
         """The final norm's output, in the shape of `input_embed`."""
-        x = self.model(_rows(input_embed), inputs, pages)  # [n, h]
+        x = self.model(_rows(input_embed), inputs, pages, adapters)  # [n, h]
         return nn.op.reshape(self.model.norm(x), input_embed.shape)
 
     def get_logits(self, hidden_states: Tensor) -> Tensor:
@@ -117,20 +149,26 @@ class Phi3ForCausalLM(nn.Module):
         single = (chunk, PrefillInputs, "n", 1)
         many = (chunk, PrefillInputs, "n", "b")
         hidden_states = self.to_last_hidden_states
-        methods = {
-            "embed": self._plain(self.embed, [("input_ids", ids)]),
-            "prefill": self._forward(self.prefill, *single),
-            "decode": self._forward(self.batch_decode, one, DecodeInputs, 1, 1),
-            "batch_prefill": self._forward(self.batch_prefill, *many, extra=[positions]),
-            "batch_decode": self._forward(self.batch_decode, batch, DecodeInputs, "b", "b"),
-            "batch_verify": self._forward(self.batch_verify, *many),
-            "prefill_to_last_hidden_states": self._forward(hidden_states, *single),
-            "decode_to_last_hidden_states": self._forward(hidden_states, one, DecodeInputs, 1, 1),
-            "batch_prefill_to_last_hidden_states": self._forward(hidden_states, *many),
-            "batch_decode_to_last_hidden_states": self._forward(
-                hidden_states, batch, DecodeInputs, "b", "b"
-            ),
-            "batch_verify_to_last_hidden_states": self._forward(hidden_states, *many),
+        forwards = {  # name → method, input, what else it needs to know, n, b, more inputs
+            "prefill": (self.prefill, *single),
+            "decode": (self.batch_decode, one, DecodeInputs, 1, 1),
+            "batch_prefill": (self.batch_prefill, *many, positions),
+            "batch_decode": (self.batch_decode, batch, DecodeInputs, "b", "b"),
+            "batch_verify": (self.batch_verify, *many),
+            "prefill_to_last_hidden_states": (hidden_states, *single),
+            "decode_to_last_hidden_states": (hidden_states, one, DecodeInputs, 1, 1),
+            "batch_prefill_to_last_hidden_states": (hidden_states, *many),
+            "batch_decode_to_last_hidden_states": (hidden_states, batch, DecodeInputs, "b", "b"),
+            "batch_verify_to_last_hidden_states": (hidden_states, *many),
+        }
+        methods = {"embed": self._plain(self.embed, [("input_ids", ids)])}
+        methods |= {name: self._forward(*parts) for name, parts in forwards.items()}
+        if self.layout:
+            methods |= {
+                with_adapters(name): self._forward(*parts, layout=self.layout)
+                for name, parts in forwards.items()
+            }
+        methods |= {
             "get_logits": self._plain(self.get_logits, [("hidden_states", chunk)]),
             "copy_slots": nn.spec.MethodSpec(
                 self.copy_slots,
@@ -147,16 +185,30 @@ class Phi3ForCausalLM(nn.Module):
         names, specs = zip(*args, strict=True)
         return nn.spec.MethodSpec(method, list(names), list(specs), "packed", "none")
 
-    def _forward(self, method, embed, kind, n, b, extra=()) -> nn.spec.MethodSpec:
-        """Spec of a forward: (input_embed, *extra, the fields of `kind`, pages)."""
-        args = [("input_embed", embed), *extra, *input_specs(kind, n, b)]
-        args.append(("pages", nn.spec.Tuple("pages", self.page_spec())))
-        lead = 1 + len(extra)
+    def _forward(
+        self, method, embed, kind, n, b, *extra, layout: AdapterLayout | None = None
+    ) -> nn.spec.MethodSpec:
+        """Spec of a forward: (input_embed, *extra, the fields of `kind`, pages), and with adapters
+        (…, adapter_slot, adapter_rank, pages, adapters).
+        """
+        described = input_specs(kind, n, b)
+        args = [("input_embed", embed), *extra, *described]
+        lead, tail = 1 + len(extra), 1 + len(extra) + len(described)
+        pages = ("pages", nn.spec.Tuple("pages", self.page_spec()))
+        if layout is None:
 
-        def grouped(*values):
-            return method(*values[:lead], kind(*values[lead:-1]), values[-1])
+            def grouped(*values):
+                return method(*values[:lead], kind(*values[lead:tail]), values[tail])
 
-        return self._plain(grouped, args)
+            return self._plain(grouped, [*args, pages])
+
+        def grouped_with_adapters(*values):
+            slot, rank, pages, pools = values[tail:]
+            adapters = AdapterInputs(slot, rank, pools)
+            return method(*values[:lead], kind(*values[lead:tail]), pages, adapters)
+
+        pools = ("adapters", pools_spec(layout, self.config))
+        return self._plain(grouped_with_adapters, [*args, *row_specs(n), pages, pools])
 
 
 class Phi3Model(nn.Module):
@@ -169,7 +221,12 @@ class Phi3Model(nn.Module):
         self.norm = Phi3RMSNorm(ops)
 
     def forward(
-        self, x: Tensor, inputs: DecodeInputs, pages: list[Tensor], asked: Rows | None = None
+        self,
+        x: Tensor,
+        inputs: DecodeInputs,
+        pages: list[Tensor],
+        adapters: AdapterInputs | None = None,
+        asked: Rows | None = None,
     ) -> Tensor:
         """The last layer's output, before the final norm; asked: takes the rows that are wanted."""
         c = self.ops.config
@@ -177,7 +234,8 @@ class Phi3Model(nn.Module):
         rope = self.ops.rope_table(Tensor.from_const(inv_freq), inputs)  # [n, rotary_dim]
         for i, (layer, layer_pages) in enumerate(zip(self.layers, pages, strict=True)):
             last = i == len(self.layers) - 1
-            x = layer(x, rope, layer_pages, inputs, asked if last else None)  # [n, h]
+            own = adapters.layer(i) if adapters else None
+            x = layer(x, rope, layer_pages, inputs, own, asked if last else None)  # [n, h]
         return x
 
 
@@ -192,15 +250,22 @@ class Phi3DecoderLayer(nn.Module):
         self.mlp = Phi3MLP(ops)
 
     def forward(
-        self, x: Tensor, rope: Tensor, pages: Tensor, inputs: DecodeInputs, asked: Rows | None
+        self,
+        x: Tensor,
+        rope: Tensor,
+        pages: Tensor,
+        inputs: DecodeInputs,
+        adapters: LayerAdapters | None,
+        asked: Rows | None,
     ) -> Tensor:
         y = self.input_layernorm(x, self.self_attn.qkv_proj.kind)
-        attended = self.self_attn(y, rope, pages, inputs)  # [n, heads·head_dim]
+        attended = self.self_attn(y, rope, pages, inputs, adapters)  # [n, heads·head_dim]
         if asked:  # past the keys and values every row stands alone
             x, attended = asked(x), asked(attended)
-        x = self.self_attn.project(attended, residual=x)
+            adapters = adapters.rows(asked) if adapters else None
+        x = self.self_attn.project(attended, x, adapters)
         y = self.post_attention_layernorm(x, self.mlp.gate_up_proj.kind)
-        return self.mlp(y, residual=x)  # [n, h]
+        return self.mlp(y, x, adapters)  # [n, h]
 
 
 class Phi3Attention(nn.Module):
@@ -214,14 +279,22 @@ class Phi3Attention(nn.Module):
         self.qkv_proj = Phi3Linear(ops, c.hidden_size, qkv)
         self.o_proj = Phi3Linear(ops, c.num_attention_heads * c.head_dim, c.hidden_size)
 
-    def forward(self, x: Activation, rope: Tensor, pages: Tensor, inputs: DecodeInputs) -> Tensor:
-        qkv = self.qkv_proj(x)  # [n, (heads + 2·kv_heads)·head_dim]
+    def forward(
+        self,
+        x: Activation,
+        rope: Tensor,
+        pages: Tensor,
+        inputs: DecodeInputs,
+        adapters: LayerAdapters | None,
+    ) -> Tensor:
+        own = adapters.of("qkv_proj") if adapters else None
+        qkv = self.qkv_proj(x, adapters=own)  # [n, (heads + 2·kv_heads)·head_dim]
         q, pages = self.ops.rope_append(qkv, rope, inputs.slots, pages)  # [n, heads·head_dim]
         return self.ops.attention(q, pages, inputs)
 
-    def project(self, attended: Tensor, residual: Tensor) -> Tensor:
+    def project(self, attended: Tensor, residual: Tensor, adapters: LayerAdapters | None) -> Tensor:
         """`[n, heads·head_dim]` → `[n, h]`."""
-        return self.o_proj(attended, residual)
+        return self.o_proj(attended, residual, adapters.of("o_proj") if adapters else None)
 
 
 class Phi3MLP(nn.Module):
@@ -234,10 +307,12 @@ class Phi3MLP(nn.Module):
         self.gate_up_proj = Phi3Linear(ops, c.hidden_size, 2 * c.intermediate_size)
         self.down_proj = Phi3Linear(ops, c.intermediate_size, c.hidden_size)
 
-    def forward(self, x: Activation, residual: Tensor) -> Tensor:
+    def forward(self, x: Activation, residual: Tensor, adapters: LayerAdapters | None) -> Tensor:
         weight, size = self.gate_up_proj.weight, self.ops.config.intermediate_size
-        gated = self.ops.gated_linear(x, weight, size, self.down_proj.kind)  # [n, intermediate]
-        return self.down_proj(gated, residual)
+        own = adapters.of("gate_up_proj") if adapters else None
+        kind = self.down_proj.kind
+        gated = self.ops.gated_linear(x, weight, size, kind, own)  # [n, intermediate]
+        return self.down_proj(gated, residual, adapters.of("down_proj") if adapters else None)
 
 
 class Phi3Embedding(nn.Module):
@@ -279,8 +354,22 @@ class Phi3Linear(nn.Module):
         self.kind = kind or ops.scheme.linear
         self.weight = ops.weight(self.kind, out_features, in_features)
 
-    def forward(self, x: Activation, residual: Tensor | None = None) -> Tensor:
-        return self.ops.linear(x, self.weight, self.out_features, residual)
+    def forward(
+        self,
+        x: Activation,
+        residual: Tensor | None = None,
+        adapters: LinearAdapters | None = None,
+    ) -> Tensor:
+        return self.ops.linear(x, self.weight, self.out_features, residual, adapters)
+
+
+def _low_rank(layout: AdapterLayout | None) -> LowRank | None:
+    return layout and LowRank(layout.max_loras, layout.max_rank, layout.dtype)
+
+
+def with_adapters(name: str) -> str:
+    """The forward function's variant whose rows may have adapters."""
+    return f"{name}_with_adapters"
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,9 +19,11 @@ from ..config import Phi3Config
 from ..errors import ArtifactError, InputError, TargetError
 from ..manifest import Manifest
 from ..memory import default_cache_tokens, memory
+from .adapter_pools import AdapterPools
 from .host import check_cpu, check_memory
 from .kv_cache import PagedKVCache
-from .threads import check_threads, use_threads
+from .loaded_adapters import Adapter, LoadedAdapters
+from .threads import ThreadPool, check_threads
 
 Array = np.ndarray | Sequence | Tensor
 
@@ -29,8 +32,8 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     """Loads an artifact folder.
 
     device: `cpu`, or None for the artifact's own. threads: CPU threads, None for all physical
-    cores. Raises ArtifactError (broken, changed, or for another CPU) and OutOfMemoryError (weights
-    and workspace do not fit) before anything of it runs.
+    cores. Raises ArtifactError (broken, changed, or for another CPU) and OutOfMemoryError (weights,
+    workspace and slots for adapters do not fit) before anything of it runs.
     """
     artifact = Artifact.open(path)
     if device not in (None, "cpu"):
@@ -38,7 +41,10 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     threads = check_threads(threads)
     check_cpu(artifact)
     needed = memory(artifact.manifest, max_total_seq_len=0)
-    check_memory(str(path), {"weights": needed.weights, "workspace": needed.workspace})
+    parts = {"weights": needed.weights, "workspace": needed.workspace}
+    if needed.adapters:
+        parts["adapters"] = needed.adapters
+    check_memory(str(path), parts)
     artifact.check_library()
     return CompiledPhi3(artifact, threads)
 
@@ -47,7 +53,8 @@ class CompiledPhi3:
     """The functions of DESIGN's table. Inputs are numpy arrays, lists or TVM tensors.
 
     Forward functions run inside `with cache.forward(...)` and return (output, cache); n is the sum
-    of that forward's append lengths. Raises InputError for inputs of another shape.
+    of that forward's append lengths. Raises InputError for inputs of another shape. Not for two
+    Python threads at once; load the artifact twice for that, which shares weights and threads.
     """
 
     def __init__(self, artifact: Artifact, threads: int):
@@ -55,17 +62,22 @@ class CompiledPhi3:
         self.threads = threads
         self._device = tvm.cpu(0)
         self._mapped = artifact.map_parameters()
-        use_threads(threads)
         try:
             library = tvm.runtime.load_module(str(artifact.library))
         except Exception as err:
             reason = str(err).strip().splitlines()[-1]
             raise ArtifactError(f"{artifact.library}: cannot be loaded: {reason}") from None
+        self._pool = ThreadPool(artifact.library)
+        weakref.finalize(self, self._pool.end)
         self._vm = VirtualMachine(library, self._device)
         self._functions = {name: self._vm[name] for name in self.manifest.functions}
         self._parameters = tvm.runtime.convert(
             [tvm.runtime.from_dlpack(array) for array in self._mapped.values()]
         )
+
+        layout = self.manifest.adapters
+        self.adapter_pools = layout and AdapterPools(layout, self.config, self._device)
+        self._adapters = LoadedAdapters(self.config, layout, self.adapter_pools)
 
     @property
     def manifest(self) -> Manifest:
@@ -108,6 +120,47 @@ class CompiledPhi3:
             page_size,
             support_sliding_window,
         )
+
+    def load_adapter(self, source: str | Path, name: str, pinned: bool = False) -> Adapter:
+        """Loads a LoRA adapter that PEFT saved: a folder, or a Hugging Face repo id (owner/name).
+
+        More may be loaded than the artifact has slots: they wait in memory, and one that is
+        acquired takes the slot of one that is not in use, the least recently used first. A pinned
+        one keeps its slot. Another thread than the one that runs forwards may load. Raises
+        AdapterError (files that are broken, not supported or do not fit; a name that is taken; no
+        slots), and CheckpointError where the hub does not give the files; nothing has changed then.
+        """
+        return self._adapters.load(source, name, pinned)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets a loaded adapter. Raises AdapterError, and AdapterInUseError while it is
+        acquired."""
+        self._adapters.unload(name)
+
+    def adapters(self) -> Sequence[Adapter]:
+        """What is loaded, in the order of loading."""
+        return self._adapters.adapters()
+
+    def hold_adapter(self, name: str) -> Adapter:
+        """Keeps it loaded until `drop_adapter`, in a slot or not. Raises AdapterError."""
+        return self._adapters.hold(name)
+
+    def drop_adapter(self, name: str) -> None:
+        """The counterpart of `hold_adapter`."""
+        self._adapters.drop(name)
+
+    def acquire_adapter(self, name: str) -> int | None:
+        """Puts an adapter into a slot, if it is in none, and keeps it there until it is released
+        as often as acquired. Returns the slot, for `cache.forward(token_slot=...)`.
+
+        None where every slot is in use or pinned. Not inside a forward, nor in another thread than
+        forwards. Raises AdapterError.
+        """
+        return self._adapters.acquire(name)
+
+    def release_adapter(self, name: str) -> None:
+        """Takes back one acquire. Raises AdapterError if there is none."""
+        self._adapters.release(name)
 
     def embed(self, input_ids: Array) -> Tensor:
         """Token ids `[n]` → `[1, n, hidden]`."""
@@ -210,16 +263,24 @@ class CompiledPhi3:
             raise InputError(f"{name}: found {len(lengths)} sequences; accepted: one")
         embed = self._activations("input_embed", input_embed, name, sum(lengths))
         values = {"input_embed": embed, **extra, **cache.forward_inputs()}
+        if (slots := cache.forward_token_slot) is not None:
+            ranks = self.adapter_pools.row_ranks(slots)
+            if ranks.any():
+                name = f"{name}_with_adapters"
+                values |= {"adapter_slot": slots, "adapter_rank": ranks}
+                inputs = self.manifest.functions[name].inputs
         return self._call(name, {s.name: values[s.name] for s in inputs}, cache.pages), cache
 
     def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
-        use_threads(self.threads)
+        self._pool.use(self.threads)
         info = self.manifest.functions[name]
         args = [inputs[spec.name] for spec in info.inputs]
         # Copied: kernels may load whole vectors, so their inputs must be aligned as TVM aligns.
         args = [a if isinstance(a, Tensor) else tvm.runtime.tensor(a) for a in args]
         if info.takes_pages:
             args.append(pages)
+        if info.takes_adapters:
+            args.append(self.adapter_pools.tensors)
         if info.takes_parameters:
             args.append(self._parameters)
         return self._functions[name](*args)

@@ -61,7 +61,8 @@ class PagedKVCache:
         self._blocks_per_page = page_size // layout.block_tokens
         self._copy_slots = copy_slots
         self._appends: list[Append] | None = None
-        self.token_slot: np.ndarray | None = None
+        self._max_loras = manifest.adapters.max_loras if manifest.adapters else 0
+        self._token_slot: np.ndarray | None = None
         shape = (num_pages * self._blocks_per_page, *layout.page_shape)
         # Not zeroed: the kernels never use a slot that no token was written to.
         self.pages = tvm.runtime.convert(
@@ -196,18 +197,17 @@ class PagedKVCache:
 
         tree_parents: one entry per new token, the index (within its sequence's new tokens) of the
         token before it, −1 for the context; None for chains. A tree with branches must be
-        committed before the sequence goes on. token_slot: adapter slot per token; this artifact
-        has none, so None or all −1.
+        committed before the sequence goes on. token_slot: the adapter's slot of each new token, −1
+        for the base model; None: all −1.
         Raises CacheFullError, ContextLengthError, RopeFactorError, SequenceError or InputError;
         then nothing has changed.
         """
         self._idle("begin_forward")
         seq_ids, append_lengths = _ints(seq_ids), _ints(append_lengths)
-        if token_slot is not None and any(slot != -1 for slot in token_slot):
-            raise InputError("token_slot: this artifact was compiled with max_loras=0")
+        slots = self._checked_slots(token_slot, sum(append_lengths))
         parents = None if tree_parents is None else _ints(tree_parents)
         appends, copy = self._table.begin(seq_ids, append_lengths, parents)
-        self._appends = appends
+        self._appends, self._token_slot = appends, slots
         try:
             self._copy(copy)
         except BaseException:
@@ -227,6 +227,11 @@ class PagedKVCache:
     @property
     def forward_is_chain(self) -> bool:
         return all(append.tree.parents is None for append in self._current())
+
+    @property
+    def forward_token_slot(self) -> np.ndarray | None:
+        """Adapter slots of the current forward's tokens `[n]` int32; None: all are the base's."""
+        return self._token_slot
 
     def forward_inputs(self) -> dict[str, np.ndarray]:
         """The inputs of the compiled functions that describe the current forward, int32, by name.
@@ -263,6 +268,19 @@ class PagedKVCache:
     def _blocks(self, pages: list[int]) -> np.ndarray:
         first = np.asarray(pages, np.int32)[:, None] * self._blocks_per_page
         return (first + np.arange(self._blocks_per_page, dtype=np.int32)).ravel()
+
+    def _checked_slots(self, token_slot: Sequence[int] | None, n: int) -> np.ndarray | None:
+        """None if all are −1. Raises InputError."""
+        if token_slot is None:
+            return None
+        slots = _ints(token_slot)
+        if len(slots) != n:
+            raise InputError(f"token_slot: found {len(slots)} entries; accepted: {n}, one a token")
+        most = self._max_loras - 1
+        if wrong := [slot for slot in slots if not -1 <= slot <= most]:
+            accepted = f"-1 to {most}" if most >= 0 else "-1, as the artifact has max_loras 0"
+            raise InputError(f"token_slot: found {wrong[0]}; accepted: {accepted}")
+        return None if max(slots, default=-1) == -1 else np.array(slots, np.int32)
 
     def _current(self) -> list[Append]:
         if self._appends is None:

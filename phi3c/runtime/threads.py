@@ -1,34 +1,44 @@
-"""TVM's thread pool: its size, and how its workers wait.
+"""How many threads a model runs on, and the pool in its library that they belong to.
 
-TVM's own default is half of the hardware threads on x86, whether or not they are hyperthreads. Its
-pool belongs to the Python thread that calls it, so the size is set once in each.
-
-A launch gives every worker one equal part and ends with the slowest. So where a busy process has
-half of one core, a step takes twice as long, whatever the workers do. But workers that spin lose
-far more: they wait by yielding, and who yields beside a busy process gets the core back only after
-that process's time slice, milliseconds for a kernel of half a millisecond. A worker that sleeps is
-mostly woken in front of the busy process. Phi-3-mini beside two of them: 1.3 s a step with spinning
-workers, 0.14 s with sleeping ones; with the machine to itself, sleeping costs 1 to 5 %
-(docs/notes.md).
+A library brings its own threads (phi3c/thread_pool.c), as TVM's lose milliseconds beside a busy
+process or tens of microseconds at every kernel (docs/notes.md). TVM's runtime leaves the address of
+its own launcher in the library when it loads it; a `ThreadPool` puts the library's there instead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
-import threading
-import warnings
 from pathlib import Path
 
-import tvm
+from ..errors import ArtifactError, InputError
 
-from ..errors import InputError
+_LAUNCHER = "__TVMBackendParallelLaunch"  # the variable from which compiled code takes it
 
-_SHARE_ALL_CORES = -3  # workers are not pinned: the system may move them off a busy core
-# How often an idle worker yields before it sleeps; TVM's default is 300,000. Even 1 is too many: it
-# yields once after each kernel, and may not be back for the next. TVM has no other way to set it,
-# and reads it when the first pool of the process starts.
-_SPIN_COUNT = ("TVM_THREAD_POOL_SPIN_COUNT", "0")
-_configured = threading.local()
+
+class ThreadPool:
+    """Of a library that TVM has just loaded. Any thread may call into the library.
+
+    Models of one library in one process share its pool. Raises ArtifactError if it has none.
+    """
+
+    def __init__(self, library: Path):
+        try:
+            self._library = ctypes.CDLL(str(library))  # the one that is loaded, not a second
+            launch = ctypes.cast(self._library.phi3c_parallel_launch, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            raise ArtifactError(f"{library}: not a library that phi3c has linked") from None
+        with contextlib.suppress(ValueError):  # it has no parallel loop
+            ctypes.c_void_p.in_dll(self._library, _LAUNCHER).value = launch.value
+
+    def use(self, threads: int) -> None:
+        """The next calls run on so many threads, the caller's among them."""
+        self._library.phi3c_set_threads(threads)
+
+    def end(self) -> None:
+        """Ends the threads but the caller's; they begin again when they are needed."""
+        self._library.phi3c_end_workers()
 
 
 def physical_cores() -> int:
@@ -55,32 +65,6 @@ def check_threads(threads: int | None) -> int:
             f"threads: found {threads!r}; accepted: 1 to {most}, or None for all cores"
         )
     return threads
-
-
-def use_threads(threads: int) -> None:
-    """Gives the calling Python thread a pool of that size.
-
-    Warns where TVM started a smaller pool in this Python thread before, as that cannot grow.
-    """
-    if getattr(_configured, "threads", None) == threads:
-        return
-    os.environ.setdefault(*_SPIN_COUNT)  # the user's own value stays
-    configure = tvm.get_global_func("runtime.config_threadpool")
-    configure(_SHARE_ALL_CORES, threads, [str(cpu) for cpu in _allowed()])
-    _configured.threads = threads
-    found = pool_size()
-    if found < threads:
-        warnings.warn(
-            f"threads: found {found}, asked for {threads}: TVM's thread pool was started in this "
-            "Python thread before phi3c could set its size; use a new Python thread",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def pool_size() -> int:
-    """Threads of the calling Python thread's pool, which TVM starts if there is none."""
-    return tvm.get_global_func("runtime.NumThreads")()
 
 
 def _allowed() -> list[int]:

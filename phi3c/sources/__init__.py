@@ -6,7 +6,6 @@ A checkpoint folder, a Hugging Face repo id (downloaded into a folder), a GGUF f
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,9 @@ from pathlib import Path
 from ..artifact import MANIFEST, Artifact, ConvertedWeights, manifest_name
 from ..config import Phi3Config
 from ..errors import CheckpointError
+from ..hub import download, is_repo_id
 from ..manifest import TEXT_FILES as TEXT_FILES
 from ..weights import Checkpoint, RandomWeights, Weights
-
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Source(ABC):
@@ -104,10 +102,8 @@ def resolve_source(
     if found is not None:
         accept(found.config)
         return found
-    if not _REPO_ID.fullmatch(str(source)):
+    if not is_repo_id(str(source)):
         raise CheckpointError(f"{source}: no such file or folder; accepted: {_ACCEPTED}")
-    from .hub import download
-
     folder = download(str(source), TEXT_FILES, accept)
     config = Phi3Config.from_file(folder)
     accept(config)  # of a folder that was there already

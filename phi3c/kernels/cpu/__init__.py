@@ -13,15 +13,18 @@ from .activation import silu_mul
 from .copy import copy_slots
 from .decode_attention import decode_attention
 from .embedding import embedding, last_row, take_rows
+from .expand import expand
 from .group_linear import group_embedding, group_linear
 from .int8_gated import int8_gated
 from .int8_linear import int8_linear
 from .isa import Isa
 from .linear import linear
+from .low_rank import LowRank
 from .norm import rms_norm, rms_norm_quantize
 from .prefill_attention import prefill_attention
 from .quantize import WORDS, quantize_rows
 from .rope import rope_append, rope_table
+from .shrink import int8_shrink, shrink
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,12 @@ class CpuKernels:
         return embedding(vocab_size, hidden_size, kind)
 
     @cache  # noqa: B019
-    def take_rows(self, hidden_size: int) -> tirx.PrimFunc:
-        return take_rows(hidden_size)
+    def take_rows(self, features: int, dtype: str = "float32") -> tirx.PrimFunc:
+        return take_rows(features, dtype)
 
     @cache  # noqa: B019
-    def last_row(self, hidden_size: int) -> tirx.PrimFunc:
-        return last_row(hidden_size)
+    def last_row(self, features: int, dtype: str = "float32") -> tirx.PrimFunc:
+        return last_row(features, dtype)
 
     @cache  # noqa: B019
     def linear(
@@ -97,18 +100,40 @@ class CpuKernels:
 
     @cache  # noqa: B019
     def int8_linear(
-        self, out_features: int, in_features: int, kind: GroupFormat, residual: bool
+        self,
+        out_features: int,
+        in_features: int,
+        kind: GroupFormat,
+        residual: bool,
+        low_rank: LowRank | None = None,
     ) -> tirx.PrimFunc:
         dot = self.isa.dot.for_bits(kind.bits)
         shape = (out_features, in_features, kind.bits, kind.scale_dtype)
-        return int8_linear(dot, self.isa.int8_rows, *shape, residual)
+        return int8_linear(dot, self.isa.int8_rows, *shape, residual, low_rank)
 
     @cache  # noqa: B019
     def int8_gated(
-        self, intermediate_size: int, in_features: int, kind: GroupFormat, zero: int
+        self,
+        intermediate_size: int,
+        in_features: int,
+        kind: GroupFormat,
+        zero: int,
+        low_rank: LowRank | None = None,
     ) -> tirx.PrimFunc:
         form = (kind.bits, kind.scale_dtype)
-        return int8_gated(self.isa, intermediate_size, in_features, *form, zero)
+        return int8_gated(self.isa, intermediate_size, in_features, *form, zero, low_rank)
+
+    @cache  # noqa: B019
+    def shrink(self, in_features: int, low_rank: LowRank) -> tirx.PrimFunc:
+        return shrink(self.isa, in_features, low_rank)
+
+    @cache  # noqa: B019
+    def int8_shrink(self, in_features: int, low_rank: LowRank) -> tirx.PrimFunc:
+        return int8_shrink(self.isa, in_features, low_rank)
+
+    @cache  # noqa: B019
+    def expand(self, out_features: int, low_rank: LowRank) -> tirx.PrimFunc:
+        return expand(out_features, low_rank)
 
     @cache  # noqa: B019
     def rms_norm(self, hidden_size: int, eps: float) -> tirx.PrimFunc:

@@ -27,32 +27,32 @@ def embedding(vocab_size: int, hidden_size: int, weight_dtype: str):
     return hand_scheduled(func)
 
 
-def take_rows(hidden_size: int):
-    """x `[n, hidden]` f32, positions `[b]` i32 → `[b, hidden]` f32."""
+def take_rows(features: int, dtype: str = "float32"):
+    """x `[n, features]`, positions `[b]` i32 → `[b, features]`."""
 
     @T.prim_func(private=True, s_tir=True)
     def func(x: T.handle, positions: T.handle, out: T.handle):
         n = T.int64()
         b = T.int64()
-        X = T.match_buffer(x, (n, hidden_size), "float32")
+        X = T.match_buffer(x, (n, features), dtype)
         P = T.match_buffer(positions, (b,), "int32")
-        O = T.match_buffer(out, (b, hidden_size), "float32")
+        O = T.match_buffer(out, (b, features), dtype)
         for i in T.serial(b):
-            for k in T.serial(hidden_size):
+            for k in T.serial(features):
                 O[i, k] = X[P[i], k]
 
     return hand_scheduled(func)
 
 
-def last_row(hidden_size: int):
-    """x `[n, hidden]` f32 → `[1, hidden]` f32."""
+def last_row(features: int, dtype: str = "float32"):
+    """x `[n, features]` → `[1, features]`."""
 
     @T.prim_func(private=True, s_tir=True)
     def func(x: T.handle, out: T.handle):
         n = T.int64()
-        X = T.match_buffer(x, (n, hidden_size), "float32")
-        O = T.match_buffer(out, (1, hidden_size), "float32")
-        for k in T.serial(hidden_size):
+        X = T.match_buffer(x, (n, features), dtype)
+        O = T.match_buffer(out, (1, features), dtype)
+        for k in T.serial(features):
             O[0, k] = X[n - 1, k]
 
     return hand_scheduled(func)

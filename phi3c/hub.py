@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: only the files that a compilation needs.
+"""Checkpoints and adapters on the Hugging Face hub: only the files that phi3c needs.
 
 The work is huggingface_hub's, in its own cache, with its settings (HF_ENDPOINT, HF_HOME, HF_TOKEN,
 HF_HUB_OFFLINE, HF_HUB_DISABLE_PROGRESS_BARS). What is here: which files, in which order, and one
@@ -9,6 +9,7 @@ keeps the files that were whole, so weights come one file at a time, and last.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,17 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from ..config import Phi3Config
-from ..errors import CheckpointError
+from .config import Phi3Config
+from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth")
 _NO_HUB = "(HF_ENDPOINT) does not answer as a Hugging Face hub does"
+
+
+def is_repo_id(source: str) -> bool:
+    """Whether it has the form owner/name. Paths may have it too: look for those first."""
+    return _REPO_ID.fullmatch(source) is not None
 
 
 def download(
@@ -44,9 +51,43 @@ def download(
         try:
             repo = _list_files(repo_id)
         except _hub_errors() as err:
-            return _cached_folder(repo_id, err)
+            return _cached_folder(repo_id, _CONFIG, _cached_weight_files, err)
         with _one_line_errors(repo_id):
             return _download(repo_id, repo, text_files, accept)
+
+
+def download_files(repo_id: str, names: Sequence[str], kind: str) -> Path:
+    """The folder with these files, all of which the repo must have. kind: of the repo, for errors.
+
+    Where the hub does not give the repo, a cached folder that has them all serves as it is. Raises
+    CheckpointError.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _quiet():
+        try:
+            repo = _list_files(repo_id)
+        except _hub_errors() as err:
+            return _cached_folder(repo_id, names[0], lambda folder: names, err)
+        with _one_line_errors(repo_id):
+            files = {file.rfilename: file for file in repo.siblings}
+            if missing := [name for name in names if name not in files]:
+                raise CheckpointError(
+                    f"{repo_id}: no {missing[0]} in the repo{_pickle_beside(missing[0], files)}; "
+                    f"accepted: the repo of {kind}"
+                )
+            _check_disk_space(repo_id, [files[name] for name in names])
+            for name in names:
+                path = Path(hf_hub_download(repo_id, name, revision=repo.sha))
+            _name_as_main(repo_id, path.parent, names[0])
+            return path.parent
+
+
+def _pickle_beside(name: str, files: dict[str, RepoSibling]) -> str:
+    """What to say of a pickle that the repo has instead of a file."""
+    pickles = (str(Path(name).with_suffix(suffix)) for suffix in _PICKLES)
+    found = next((pickle for pickle in pickles if pickle in files), None)
+    return f" (but {found}, a pickle, which can run code when read)" if found else ""
 
 
 def _download(
@@ -70,7 +111,7 @@ def _download(
     _check_disk_space(repo_id, [files[name] for name in [*texts, *weights]])
     for name in [*texts, *weights]:
         fetch(name)
-    _name_as_main(repo_id, folder)
+    _name_as_main(repo_id, folder, _CONFIG)
     return folder
 
 
@@ -162,24 +203,35 @@ def _check_disk_space(repo_id: str, files: Sequence[RepoSibling]) -> None:
         )
 
 
-def _name_as_main(repo_id: str, folder: Path) -> None:
-    """Makes the folder the one that is used without a network. Last, so that it is a whole one."""
+def _name_as_main(repo_id: str, folder: Path, name: str) -> None:
+    """Makes the folder the one that is used without a network. Last, so that it is a whole one.
+
+    name: of a file in it.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    if try_to_load_from_cache(repo_id, _CONFIG) != str(folder / _CONFIG):
+    if try_to_load_from_cache(repo_id, name) != str(folder / name):
         with suppress(*_hub_errors()):  # the download is done: the next one can do this
-            hf_hub_download(repo_id, _CONFIG)
+            hf_hub_download(repo_id, name)
 
 
-def _cached_folder(repo_id: str, err: Exception) -> Path:
-    """The newest folder of the cache, if whole; else raises err as a CheckpointError."""
+def _cached_weight_files(folder: Path) -> list[str]:
+    return _indexed_files(folder / _INDEX) if (folder / _INDEX).exists() else [_SINGLE]
+
+
+def _cached_folder(
+    repo_id: str, first: str, needed: Callable[[Path], Sequence[str]], err: Exception
+) -> Path:
+    """The newest folder of the cache, if whole; else raises err as a CheckpointError.
+
+    first: the file by which it is found; needed: the files without which it is not whole.
+    """
     from huggingface_hub import constants, try_to_load_from_cache
 
-    config = try_to_load_from_cache(repo_id, _CONFIG)
-    if isinstance(config, str):
-        folder = Path(config).parent
-        names = _indexed_files(folder / _INDEX) if (folder / _INDEX).exists() else [_SINGLE]
-        missing = [name for name in names if not (folder / name).exists()]
+    found = try_to_load_from_cache(repo_id, first)
+    if isinstance(found, str):
+        folder = Path(found).parent
+        missing = [name for name in needed(folder) if not (folder / name).exists()]
         if not missing:
             return folder
         lacks = f"{_some(missing)} of {repo_id} not in the cache {constants.HF_HUB_CACHE}"

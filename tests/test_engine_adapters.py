@@ -1,0 +1,228 @@
+"""Requests with LoRA adapters in the engine: the toy's adapters, one batch, few slots."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_engine import check_pages
+
+import phi3c
+from phi3c.cli import main
+from phi3c.engine.engine import Engine
+from phi3c.engine.request import Handle, Request
+from phi3c.engine.sampler import SamplingParams
+from phi3c.errors import AdapterError, AdapterInUseError, InputError
+
+TOY = Path(__file__).parent.parent / "examples" / "toy"
+sys.path.insert(0, str(TOY))
+import tasks  # noqa: E402
+
+NAMES = list(tasks.ADAPTER_TASKS)
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+ROOM = 16 * 200
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> phi3c.CompiledPhi3:
+    """With slots for two of the three adapters, all of which are loaded."""
+    folder = tmp_path_factory.mktemp("adapters") / "toy"
+    options = dict(quantization="q0f32", max_batch_size=8, max_loras=2, max_rank=32)
+    phi3c.compile(TOY / "checkpoint", output=folder, **options)
+    model = phi3c.load(folder, threads=1)
+    for name in NAMES:
+        model.load_adapter(TOY / "adapters" / name, name)
+    return model
+
+
+def made_prompts(count: int, names: Sequence[str], seed: int = 3) -> list[tuple[str, tasks.Prompt]]:
+    """(task, prompt), short, crossing original_max and past it, shuffled."""
+    kinds = (tasks.short_prompts, tasks.crossing_prompts, tasks.long_prompts)
+    each = -(-count // (len(names) * len(kinds)))
+    made = [(name, p) for name in names for kind in kinds for p in kind(name, each, seed)]
+    random.Random(0).shuffle(made)
+    return made[:count]
+
+
+def adapter_of(task: str) -> str | None:
+    return task if task in NAMES else None
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> list[Handle]:
+    handles = [engine.submit(request) for request in requests]
+    while not engine.idle:
+        engine.step()
+        check_pages(engine)
+    return handles
+
+
+def texts(handles: Sequence[Handle]) -> list[list[str]]:
+    return [[output.text for output in handle.outputs] for handle in handles]
+
+
+def request(task: str, prompt: tasks.Prompt, **options) -> Request:
+    return Request(prompt.messages(), GREEDY, adapter=adapter_of(task), **options)
+
+
+def idle(model: phi3c.CompiledPhi3) -> bool:
+    """Nothing holds an adapter: every one can be unloaded. They are loaded again."""
+    for name in NAMES:
+        model.unload_adapter(name)
+        model.load_adapter(TOY / "adapters" / name, name)
+    return True
+
+
+def test_every_task_is_solved_by_its_adapter_in_one_mixed_batch(toy):
+    """Three adapters of the ranks 16, 20 and 4 and the model itself; two slots, few pages, so that
+    adapters are swapped and sequences preempted."""
+    prompts = made_prompts(600, [*NAMES, *tasks.TASKS])
+    engine = Engine(toy, max_total_seq_len=16 * 60)
+    rng = random.Random(2)
+    handles = run(engine, [request(*p, priority=rng.choice([0, 0, 1])) for p in prompts])
+    right = {task: [] for task in (*NAMES, *tasks.TASKS)}
+    for handle, (task, prompt) in zip(handles, prompts, strict=True):
+        right[task].append(handle.outputs[0].text == prompt.answer)
+    print({task: f"{sum(answers)} of {len(answers)}" for task, answers in right.items()})
+    assert all(sum(right[task]) >= 0.99 * len(right[task]) for task in NAMES)
+    assert sum(map(sum, right.values())) >= 0.99 * len(prompts)
+    assert engine.metrics().preemptions > 0
+    assert idle(toy)
+
+
+def test_the_model_itself_cannot_solve_the_adapters_tasks(toy):
+    prompts = made_prompts(60, NAMES)
+    handles = run(Engine(toy), [Request(p.messages(), GREEDY) for _, p in prompts])
+    assert (
+        sum(h.outputs[0].text == p.answer for h, (_, p) in zip(handles, prompts, strict=True)) <= 1
+    )
+
+
+@pytest.mark.parametrize("speculation", [None, phi3c.PromptLookup(tokens=4, shortest=1)])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_the_same_alone_and_in_any_company(toy, speculation, prefix_cache):
+    prompts = made_prompts(48, [*NAMES, "reverse"], seed=5)
+    # The same question to all: only the adapter tells their pages apart.
+    same = prompts[0][1].messages()
+    requests = [Request(same, GREEDY, adapter=name) for name in [None, *NAMES]]
+    requests += [request(*p) for p in prompts]
+    requests += [request(*p, n=3) for p in prompts[:4]]
+    alone = [texts(run(Engine(toy, max_total_seq_len=ROOM), [r]))[0] for r in requests]
+    options = dict(prefix_cache=prefix_cache, speculation=speculation)
+    engine = Engine(toy, max_total_seq_len=16 * 50, **options)
+    for seed in (0, 1):
+        order = list(range(len(requests)))
+        random.Random(seed).shuffle(order)
+        found = texts(run(engine, [requests[i] for i in order]))
+        assert found == [alone[i] for i in order]
+    assert len({alone[i][0] for i in range(1 + len(NAMES))}) > 1
+    assert idle(toy)
+
+
+def test_a_name_that_is_loaded_again_does_not_see_old_pages(toy):
+    prompt = made_prompts(1, ["rotate"])[0][1].messages()
+    toy.unload_adapter("rotate")
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    found = {}
+    for task in ("rotate", "down", "rotate"):
+        toy.load_adapter(TOY / "adapters" / task, "changing")
+        handles = run(engine, [Request(prompt, GREEDY, adapter="changing")] * 2)
+        assert texts(handles)[0] == texts(handles)[1]
+        assert found.setdefault(task, texts(handles)[0]) == texts(handles)[0]
+        assert handles[0].cached_tokens == 0
+        toy.unload_adapter("changing")
+    assert found["rotate"] != found["down"]
+    toy.load_adapter(TOY / "adapters" / "rotate", "rotate")
+    under_another_name = run(engine, [Request(prompt, GREEDY, adapter="rotate")])
+    assert texts(under_another_name)[0] == found["rotate"]
+
+
+def test_an_adapter_stays_loaded_while_a_request_wants_it(toy):
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    (name, prompt), *_ = made_prompts(1, NAMES)
+    waiting = engine.submit(request(name, prompt))
+    with pytest.raises(AdapterInUseError, match=f"adapter '{name}': found 1 request of it"):
+        toy.unload_adapter(name)
+    engine.step()
+    with pytest.raises(AdapterInUseError):
+        toy.unload_adapter(name)
+    engine.cancel(waiting)
+    assert idle(toy)
+
+
+def test_one_that_waits_for_a_slot_is_not_passed_for_ever(toy):
+    """Two adapters that are always in demand have the slots; the third gets one all the same."""
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    busy = made_prompts(40, ["rotate", "shout"])
+    base = made_prompts(1, ["reverse"])[0]
+    for one in busy[:4]:
+        engine.submit(request(*one))
+    engine.step()
+    third = engine.submit(request(*made_prompts(1, ["down"])[0]))
+    for one in busy[4:]:
+        engine.submit(request(*one))
+    plain = engine.submit(request(*base))
+    steps = 0
+    while not third.done:
+        engine.step()
+        steps += 1
+    assert steps < 60
+    assert plain.done or plain.outputs[0].token_ids  # which needs no slot
+    engine.abort_all()
+    assert idle(toy)
+
+
+def test_a_higher_priority_takes_a_slot(toy):
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    for name in ("rotate", "shout"):
+        engine.submit(request(*made_prompts(1, [name])[0]))
+    engine.step()
+    urgent = engine.submit(request(*made_prompts(1, ["down"])[0], priority=1))
+    engine.step()
+    assert engine.metrics().preemptions == 1
+    assert urgent.outputs[0].token_ids or urgent.cached_tokens == 0
+    while not engine.idle:
+        engine.step()
+    assert idle(toy)
+
+
+def test_unknown_adapters_are_refused(toy, tmp_path):
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    with pytest.raises(AdapterError, match="adapter 'nobody': not loaded; accepted: rotate"):
+        engine.submit(Request([5], GREEDY, adapter="nobody"))
+    assert engine.idle
+    with pytest.raises(InputError, match="adapter: found 5; accepted: a name, or None"):
+        Request([5], GREEDY, adapter=5)
+    phi3c.compile(TOY / "checkpoint", output=tmp_path / "plain")
+    plain = Engine(phi3c.load(tmp_path / "plain"), max_total_seq_len=ROOM)
+    with pytest.raises(AdapterError, match="compiled with max_loras 0; accepted: with max_loras 1"):
+        plain.submit(Request([5], GREEDY, adapter="rotate"))
+
+
+def test_generate(tmp_path, capsys, monkeypatch):
+    """A checkpoint is compiled with a slot for each adapter; an artifact must have them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    checkpoint = str(TOY / "checkpoint")
+    rotate, down = (f"{name}={TOY / 'adapters' / name}" for name in ("rotate", "down"))
+    argv = ["generate", checkpoint, "--quiet", "--quantization", "q0f32", "--max-rank", "32"]
+    assert main([*argv, "-p", "rotate planet", "--adapter", rotate]) == 0
+    assert capsys.readouterr().out == "lanetp\n"
+    assert main([*argv, "-p", "down 52917", "--adapter", rotate, "--adapter", down]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("rotate: ") and lines[1] == "down: 97521"
+
+
+@pytest.mark.parametrize(
+    "adapters, message",
+    [
+        (["rotate"], "--adapter: found 'rotate'; accepted: NAME=PATH"),
+        (["=x"], "--adapter: found '=x'; accepted: NAME=PATH"),
+        (["a=x", "a=y"], "--adapter: found 'a' twice; accepted: a name for each"),
+    ],
+)
+def test_generate_refuses(adapters, message, capsys):
+    argv = ["generate", "no/model", "-p", "x"]
+    assert main([*argv, *(word for given in adapters for word in ("--adapter", given))]) == 2
+    assert message in capsys.readouterr().err
