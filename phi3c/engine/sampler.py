@@ -32,7 +32,7 @@ _MAX_SEED = 2**64
 _MOST_PENALTY = 100.0
 _MOST_BIAS = 100.0
 _FEW = 1024  # tokens that top-p just sorts
-_BIN_SHIFT = 18  # bits of a float32 that its bin leaves out
+_BIN_SHIFT = 19  # bits of a float32 that its bin leaves out
 _BINS = (0x3F800000 >> _BIN_SHIFT) + 1  # up to that of 1.0
 
 
@@ -187,7 +187,7 @@ def _top_p(row: LogitRow, value: float, params: SamplingParams) -> tuple[float, 
 def _masses(weights: np.ndarray) -> np.ndarray:
     """The sum of the weights in each bin, float64 `[_BINS]`, of weights float32 from 0 to 1.
 
-    A weight's upper bits are its bin: 32 bins from one power of two to the next.
+    A weight's upper bits are its bin: 16 bins from one power of two to the next.
     """
     masses = np.zeros(_BINS)
     for start in range(0, weights.size, 8192):  # what the allocator has at hand
