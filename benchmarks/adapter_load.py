@@ -107,7 +107,7 @@ def measure(
     return {
         "load": took[0],
         "before": statistics.median(before),
-        "longest": max(during),
+        "longest": max(during, default=0.0),
         "first": first,
     }
 

@@ -142,6 +142,8 @@ def _generate(args: argparse.Namespace) -> int:
     grammar = grammar_from_options(args.json_schema, args.regex, args.choice)
     adapters = _adapters(args)
     folder = _model_folder(args)
+    if adapters and not _is_artifact(folder):
+        _fit_rank(args, folder, adapters)
     tokenizer = Tokenizer.from_folder(folder)
     params = _sampling_params(args, folder)
     request = Request(_prompt_ids(args, tokenizer, text), params, grammar=grammar)
@@ -358,6 +360,18 @@ def _adapters(args: argparse.Namespace) -> dict[str, str]:
     if adapters and args.max_loras is None and not _is_artifact(Path(args.model).expanduser()):
         args.max_loras = len(adapters)
     return adapters
+
+
+def _fit_rank(args: argparse.Namespace, checkpoint: Path, adapters: dict[str, str]) -> None:
+    """Reads the adapters before a checkpoint is compiled, with slots of the rank they need."""
+    from .adapters.layout import RANKS
+    from .adapters.peft_files import adapter_folder, read_adapter
+    from .sources import resolve_source
+
+    config, most = resolve_source(checkpoint).config, args.max_rank or max(RANKS)
+    ranks = [read_adapter(adapter_folder(p), config, most).rank for p in adapters.values()]
+    if args.max_rank is None:
+        args.max_rank = min(rank for rank in RANKS if rank >= max(ranks))
 
 
 def _compiled(args: argparse.Namespace, source: Path) -> Path:

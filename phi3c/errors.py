@@ -40,7 +40,7 @@ class AdapterError(Phi3CError, ValueError):
 
 
 class AdapterInUseError(Phi3CError, RuntimeError):
-    """An adapter that is to be unloaded has running requests."""
+    """An adapter that is to be unloaded has requests that have not ended."""
 
 
 class OutOfMemoryError(Phi3CError, MemoryError):

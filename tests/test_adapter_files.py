@@ -305,6 +305,8 @@ def refused(folder: Path, *parts: str, config: Phi3Config = CONFIG, max_rank=Non
         ("lora_alpha", 10**400, "1000"),
         ("alpha_pattern", {"o_proj": None}, "null"),
         ("alpha_pattern", {"(": 1}, '"("'),
+        ("alpha_pattern", {"((a|b)+)+x": 1}, '"((a|b)+)+x", which may take very long to match'),
+        ("alpha_pattern", {".*.*.*.*x": 1}, '".*.*.*.*x", which may take very long to match'),
         ("alpha_pattern", {"(?i)o_proj": 1}, '"(?i)o_proj" (global flags'),
         ("use_rslora", "yes", '"yes"'),
     ],

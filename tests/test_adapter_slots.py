@@ -87,7 +87,7 @@ def test_random_traces(slots, data):
                     call(name)
         elif event == "unload":
             if count := history.requests(name):
-                with pytest.raises(AdapterInUseError, match=f"found {count} running request"):
+                with pytest.raises(AdapterInUseError, match=f"found {count} request"):
                     found.unload(name)
                 continue
             assert found.unload(name) == history.slot(name)
@@ -180,7 +180,7 @@ def test_an_adapter_in_use_is_not_unloaded():
     slots = loaded(1, "a")
     slots.acquire("a")
     slots.acquire("a")
-    with pytest.raises(AdapterInUseError, match="'a': found 2 running requests of it"):
+    with pytest.raises(AdapterInUseError, match="'a': found 2 requests of it"):
         slots.unload("a")
     slots.release("a")
     slots.release("a")

@@ -174,6 +174,61 @@ def test_one_that_waits_for_a_slot_is_not_passed_for_ever(toy):
     assert idle(toy)
 
 
+def test_an_interrupt_at_admission_keeps_no_slot(toy, monkeypatch):
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    name, prompt = made_prompts(1, NAMES)[0]
+    handle = engine.submit(request(name, prompt))
+    scheduler = engine._scheduler
+    with monkeypatch.context() as patched:
+        patched.setattr(scheduler, "_yielding", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    again = engine.submit(request(name, prompt))
+    engine.cancel(handle)
+    while not again.done:
+        engine.step()
+    assert again.outputs[0].text == prompt.answer
+    assert idle(toy)
+
+
+def raise_interrupt(*args) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_request_fails_where_all_slots_are_held_elsewhere(toy):
+    for name in ("rotate", "shout"):
+        toy.acquire_adapter(name)
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    stuck = engine.submit(request(*made_prompts(1, ["down"])[0]))
+    held = engine.submit(request(*made_prompts(1, ["rotate"])[0]))
+    while not engine.idle:
+        engine.step()
+    assert "adapter 'down': found every slot held outside the engine" in str(stuck.error)
+    assert held.outputs[0].text
+    for name in ("rotate", "shout"):
+        toy.release_adapter(name)
+    assert idle(toy)
+
+
+def test_none_is_preempted_in_vain(toy):
+    """Equals of the newcomer use both adapters too: sending the lower ones back frees no slot."""
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    for name in ("rotate", "shout"):
+        prompt = made_prompts(1, [name])[0]
+        engine.submit(request(*prompt, priority=1))
+        engine.submit(request(*prompt))
+    engine.step()
+    urgent = engine.submit(request(*made_prompts(1, ["down"])[0], priority=1))
+    engine.step()
+    assert engine.metrics().preemptions == 0
+    while not engine.idle:
+        engine.step()
+    assert urgent.outputs[0].text
+    assert idle(toy)
+
+
 def test_a_higher_priority_takes_a_slot(toy):
     engine = Engine(toy, max_total_seq_len=ROOM)
     for name in ("rotate", "shout"):
@@ -212,6 +267,11 @@ def test_generate(tmp_path, capsys, monkeypatch):
     assert main([*argv, "-p", "down 52917", "--adapter", rotate, "--adapter", down]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("rotate: ") and lines[1] == "down: 97521"
+    argv = ["generate", checkpoint, "--quiet", "-p", "x", "--adapter", down]
+    assert main([*argv, "--max-rank", "16"]) == 2  # before anything is compiled
+    assert "rank 20" in capsys.readouterr().err
+    assert main([*argv[:-3], "down 52917", "--adapter", down]) == 0
+    assert capsys.readouterr().out == "97521\n"
 
 
 @pytest.mark.parametrize(

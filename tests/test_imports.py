@@ -84,6 +84,7 @@ MAY_IMPORT = {
     },
     "cli": {"", "artifact", "artifact_cache", "bench", "compiler", "config", "converter"}
     | {
+        "adapters",
         "describe",
         "engine",
         "errors",

@@ -13,7 +13,7 @@ from test_adapter_files import SPLIT, merged_by_peft, save_adapter
 
 import phi3c
 from phi3c.adapters.layout import TARGETS
-from phi3c.errors import AdapterError, AdapterInUseError
+from phi3c.errors import AdapterError, AdapterInUseError, InputError
 
 SLOTS = dict(max_loras=2, max_rank=16, max_batch_size=4, prefill_chunk_size=64)
 ADAPTERS = {
@@ -108,7 +108,7 @@ def test_more_adapters_than_slots(adapters, model):
     slots = [model.acquire_adapter(name) for name in ("four", "one-layer")]
     assert model.acquire_adapter("split") is None
     check(adapters, ["four", "one-layer"], slots)
-    with pytest.raises(AdapterInUseError, match="'four': found 1 running request"):
+    with pytest.raises(AdapterInUseError, match="'four': found 1 request"):
         model.unload_adapter("four")
 
 
@@ -117,7 +117,8 @@ def test_unloaded_and_loaded_again_under_another_name(adapters, model):
     check(adapters, ["four"], [model.acquire_adapter("a")])
     model.release_adapter("a")
     model.unload_adapter("a")
-    check(adapters, [None], [0])  # an empty slot is the base model
+    with pytest.raises(InputError, match="token_slot: found 0, an empty slot; accepted: slots of"):
+        check(adapters, [None], [0])
     again = model.load_adapter(adapters.folders["four"], "b")
     other = model.load_adapter(adapters.folders["one-layer"], "a")
     assert first.digest == again.digest != other.digest

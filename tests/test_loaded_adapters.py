@@ -117,7 +117,7 @@ def test_more_adapters_than_slots(folders):
     assert adapters.acquire("c") == 0
     assert adapters.acquire("c") == 0  # a second request
     assert [(slot, adapter.rank) for slot, adapter in pools.written] == [(0, 1), (1, 2), (0, 3)]
-    with pytest.raises(AdapterInUseError, match="'c': found 2 running requests"):
+    with pytest.raises(AdapterInUseError, match="'c': found 2 requests"):
         adapters.unload("c")
 
 

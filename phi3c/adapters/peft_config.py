@@ -122,11 +122,20 @@ def _refuse_other_methods(config: Mapping[str, Any]) -> None:
             raise _refusal(key, _show(value), "false, null, or nothing (not supported)")
 
 
+# A file from anywhere must not be able to hold the interpreter's lock for long.
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
+
+
 def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[str, Any]]:
     patterns = config.get(field) or {}
     if not isinstance(patterns, Mapping):
         raise _refusal(field, _show(patterns), "an object of patterns of module names")
     for pattern in patterns:
+        slow = len(pattern) > 200 or len(_REPEAT.findall(pattern)) > 3
+        if slow or _REPEATED_GROUP.search(pattern):
+            found = f"{_show(pattern)}, which may take very long to match"
+            raise _refusal(field, found, "up to 3 of *, + and {}, none of them behind a group")
         try:
             re.compile(_whole(pattern))
         except (re.error, RecursionError, OverflowError) as err:

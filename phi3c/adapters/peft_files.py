@@ -49,7 +49,12 @@ def adapter_folder(source: str | Path) -> Path:
     """
     from ..hub import download_files, is_repo_id
 
-    path = Path(source).expanduser()
+    if not isinstance(source, str | Path):
+        raise AdapterError(f"adapter: found {source!r}; accepted: a folder or a repo id")
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # no home of that name
+        path = Path(source)
     if path.is_dir():
         return path
     if path.exists() or not is_repo_id(str(source)):

@@ -23,7 +23,7 @@ from phi3c.engine.scheduler import Part, Scheduler
 from phi3c.engine.sequence import Sequence
 from phi3c.engine.speculation import Speculation, SpeculationOptions
 from phi3c.engine.tokenizer import Tokenizer
-from phi3c.errors import CacheFullError, ContextLengthError, InputError
+from phi3c.errors import AdapterError, CacheFullError, ContextLengthError, InputError
 from phi3c.manifest import Limits
 from phi3c.runtime.compiled import CompiledPhi3
 
@@ -108,10 +108,11 @@ class Engine:
         if request.grammar is not None and compiled is None:
             compiled = self.compile_grammar(request.grammar)
         handle = Handle(request, prompt_ids, [Output() for _ in range(request.n)])
+        self._arrivals += 1
+        sequence = self._sequence(handle, max_tokens, compiled)
         if request.adapter is not None:
             handle.adapter = self.model.hold_adapter(request.adapter)
-        self._arrivals += 1
-        self._scheduler.wait(self._sequence(handle, max_tokens, compiled))
+        self._scheduler.wait(sequence)
         self._submitted[handle] = time.perf_counter()
         self._metrics.requests += 1
         return handle
@@ -134,7 +135,7 @@ class Engine:
         start = time.perf_counter()
         parts = self._scheduler.plan()
         if not parts:
-            return []
+            return self._fail_without_slot()
         parts, logits = self._run(self._with_drafts(parts))
         complete = [part for part in parts if part.complete]
         self._scheduler.ran(parts)
@@ -445,6 +446,16 @@ class Engine:
         for output in handle.outputs:
             output.finish_reason = output.finish_reason or reason
         self._forget(handle)
+
+    def _fail_without_slot(self) -> list[Handle]:
+        """Where nothing runs and a request waits, others than this engine hold every slot."""
+        if self._scheduler.running or not self._scheduler.waiting:
+            return []
+        handle = self._scheduler.waiting[0].handle
+        name = handle.request.adapter
+        error = AdapterError(f"adapter {name!r}: found every slot held outside the engine")
+        self._fail(handle, error)
+        return [handle]
 
     def _forget(self, handle: Handle) -> None:
         """It is done."""

@@ -197,9 +197,9 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._take_pages(sequence, keep_prefix)
-            self._leave_slot(sequence)
         else:
             self.waiting.remove(sequence)
+        self._leave_slot(sequence)
 
     def _in_turn(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         return sorted(sequences, key=lambda s: (s.served, s.order))
@@ -228,19 +228,23 @@ class Scheduler:
             self._give_pages(first)
 
     def _make_slot(self, sequence: Sequence) -> bool:
-        """Its adapter is in a slot, for which running ones of lower priority may have to go."""
-        below = sorted(self._below(sequence), key=lambda s: s.order)
-        while not self._take_slot(sequence):
-            while below and below[-1].slot < 0:
-                below.pop()
-            if not below:
-                return False
-            self.preempt(below.pop())
-        return True
+        """Its adapter is in a slot, for which those of another may go, if all of them are of lower
+        priority: of the adapter that the latest of these has."""
+        if self._take_slot(sequence):
+            return True
+        below = sorted(self._below(sequence), key=lambda s: s.order, reverse=True)
+        others = {s.slot for s in self.running if s not in below}
+        for latest in below:
+            if latest.slot in others or latest.slot < 0 or latest.handle.adapter.pinned:
+                continue
+            for user in [s for s in below if s.slot == latest.slot]:
+                self.preempt(user)
+            return self._take_slot(sequence)
+        return False
 
     def _take_slot(self, sequence: Sequence) -> bool:
         adapter = sequence.handle.adapter
-        if adapter is None:
+        if adapter is None or sequence.slot >= 0:  # a step was interrupted behind this
             return True
         slot = self._adapters.acquire_adapter(adapter.name)
         sequence.slot = -1 if slot is None else slot

@@ -100,9 +100,10 @@ class AdapterSlots:
         self._entry(name).holders += 1
 
     def drop(self, name: str) -> None:
-        """A request that held it has ended."""
+        """A request that held it has ended. Raises AdapterError if there is none."""
         entry = self._entry(name)
-        assert entry.holders, "dropped more often than held"
+        if not entry.holders:
+            raise AdapterError(f"adapter {name!r}: dropped more often than held")
         entry.holders -= 1
 
     def acquire(self, name: str) -> tuple[int, bool] | None:

@@ -265,6 +265,11 @@ class CompiledPhi3:
         values = {"input_embed": embed, **extra, **cache.forward_inputs()}
         if (slots := cache.forward_token_slot) is not None:
             ranks = self.adapter_pools.row_ranks(slots)
+            if empty := sorted(set(slots[(slots >= 0) & (ranks == 0)].tolist())):
+                raise InputError(
+                    f"token_slot: found {empty[0]}, an empty slot; accepted: slots of acquired "
+                    "adapters, and −1"
+                )
             if ranks.any():
                 name = f"{name}_with_adapters"
                 values |= {"adapter_slot": slots, "adapter_rank": ranks}

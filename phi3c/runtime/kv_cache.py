@@ -50,9 +50,9 @@ class PagedKVCache:
             )
         need = memory(manifest, 0)  # of which little may be in memory yet
         parts = {"pages": kv_bytes(layout, max_total_seq_len, page_size), "weights": need.weights}
-        check_memory(
-            f"KV cache for {max_total_seq_len} tokens", parts | {"workspace": need.workspace}
-        )
+        parts |= {"workspace": need.workspace, "adapters": need.adapters}
+        parts = {name: size for name, size in parts.items() if size or name != "adapters"}
+        check_memory(f"KV cache for {max_total_seq_len} tokens", parts)
         num_pages = -(-max_total_seq_len // page_size)
         self._table = PageTable(
             config, num_pages, page_size, max_batch_size, prefill_chunk_size, limits.context_length
