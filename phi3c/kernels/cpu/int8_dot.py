@@ -4,13 +4,14 @@ set: four consecutive input features of each output row in a 32-bit lane.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
 
 @dataclass(frozen=True)
-class Dot:
+class Dot(ABC):
     """lanes: output rows at a time. The sum is kept in `acc_len` values of `acc_dtype`."""
 
     lanes: int
@@ -32,9 +33,9 @@ class Dot:
         """
         return T.broadcast(A[at, t], self.lanes)
 
+    @abstractmethod
     def step(self, acc, w, a):
         """acc + w·a; w uint32x<lanes> of four bytes each, a int32x<lanes> of four int8 each."""
-        raise NotImplementedError
 
     def start(self, offset):
         """The accumulator before the first step; offset: an int32 to be added to the sum."""
