@@ -13,7 +13,8 @@ import numpy as np
 import tvm
 
 from phi3c.bench.kernel import load_kernel
-from phi3c.kernels.cpu import CpuKernels, GroupFormat
+from phi3c.kernels.cpu import CpuKernels
+from phi3c.kernels.weight_format import GroupFormat
 from phi3c.quantization.group import GroupQuantization
 from phi3c.runtime.threads import physical_cores
 from phi3c.targets import parse_target

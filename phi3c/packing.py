@@ -19,7 +19,7 @@ import numpy as np
 from .config import Phi3Config
 from .errors import SchemeError
 from .kernels.cpu import CpuKernels
-from .kernels.cpu.layout import PANEL
+from .kernels.layout import PANEL
 from .model.phi3 import Phi3ForCausalLM
 from .quantization.group import GroupedRows, GroupQuantization
 from .quantization.scheme import Scheme, cast

@@ -14,11 +14,11 @@ from phi3c.kernels.cpu.expand import expand
 from phi3c.kernels.cpu.int8_gated import int8_gated
 from phi3c.kernels.cpu.int8_linear import int8_linear
 from phi3c.kernels.cpu.int8_sums import ROW_BLOCK
-from phi3c.kernels.cpu.layout import PANEL
-from phi3c.kernels.cpu.low_rank import LowRank
 from phi3c.kernels.cpu.parallel import SERIAL_ROWS
 from phi3c.kernels.cpu.quantize import quantize_rows
 from phi3c.kernels.cpu.shrink import RANK_BLOCK, int8_shrink, shrink
+from phi3c.kernels.layout import PANEL
+from phi3c.kernels.low_rank import LowRank
 
 tensor = tvm.runtime.tensor
 ROWS = (0, 1, 2, 9, SERIAL_ROWS + 1, ROW_BLOCK + 3)

@@ -21,7 +21,7 @@ from ..config import Phi3Config
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # in the order of the pools
 RANKS = (8, 16, 32, 64, 128)  # what max_rank may be
 MAX_LORAS = 1024  # the most that max_loras may be
-PANEL = 16  # output features in a panel of B (and in one of kernels/cpu/layout.py)
+PANEL = 16  # output features in a panel of B (kernels/layout.py)
 
 Shape = tuple[int, ...]
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from tvm.relax.frontend import nn
 
 from ..config import Phi3Config
-from ..kernels.cpu import CpuKernels, GroupFormat, LowRank, WeightFormat
-from ..kernels.cpu.layout import GROUP
+from ..kernels.cpu import CpuKernels
+from ..kernels.layout import GROUP
+from ..kernels.low_rank import LowRank
+from ..kernels.weight_format import GroupFormat, WeightFormat
 from ..quantization.group import GroupQuantization
 from ..quantization.layers import GroupWeight, Weight, make_weight
 from ..quantization.scheme import Kind, Scheme

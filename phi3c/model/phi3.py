@@ -17,7 +17,8 @@ from tvm.relax.frontend import nn
 
 from ..adapters.layout import AdapterLayout
 from ..config import Phi3Config
-from ..kernels.cpu import CpuKernels, LowRank
+from ..kernels.cpu import CpuKernels
+from ..kernels.low_rank import LowRank
 from ..quantization.scheme import Kind, Scheme
 from .adapter_inputs import AdapterInputs, LayerAdapters, LinearAdapters, pools_spec, row_specs
 from .attention_inputs import DecodeInputs, PrefillInputs, input_specs

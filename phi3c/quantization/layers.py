@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm.relax.frontend import nn
 
 from ..kernels.cpu import CpuKernels
-from ..kernels.cpu.layout import storage_dtype
+from ..kernels.weight_format import storage_dtype
 from .group import GroupQuantization
 from .scheme import Kind
 

@@ -8,6 +8,9 @@ from functools import cache
 import numpy as np
 from tvm import tirx
 
+from ..layout import KV_BLOCK
+from ..low_rank import LowRank
+from ..weight_format import GroupFormat, WeightFormat
 from . import layout
 from .activation import silu_mul
 from .copy import copy_slots
@@ -19,24 +22,11 @@ from .int8_gated import int8_gated
 from .int8_linear import int8_linear
 from .isa import Isa
 from .linear import linear
-from .low_rank import LowRank
 from .norm import rms_norm, rms_norm_quantize
 from .prefill_attention import prefill_attention
 from .quantize import WORDS, quantize_rows
 from .rope import rope_append, rope_table
 from .shrink import int8_shrink, shrink
-
-
-@dataclass(frozen=True)
-class GroupFormat:
-    """A group-quantized weight: w = scale · (q − zero), q of `bits` bits, groups of 32."""
-
-    bits: int
-    zero: int
-    scale_dtype: str
-
-
-WeightFormat = str | GroupFormat  # a dtype (uint16: the bits of bfloat16), or groups
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class CpuKernels:
 
     activation_dtype = "float32"
     weight_layout = "cpu"  # layout.py, the same for every instruction set
-    kv_block = layout.KV_BLOCK
+    kv_block = KV_BLOCK
     int8_words = WORDS  # 32-bit words of a group of int8 activations
 
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:

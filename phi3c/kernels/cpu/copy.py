@@ -3,8 +3,8 @@ accepted path of a verified tree."""
 
 from tvm.script import tirx as T
 
+from ..layout import KV_BLOCK
 from ..root import hand_scheduled
-from .layout import KV_BLOCK
 
 
 def copy_slots(kv_heads: int, head_dim: int, kv_dtype: str):

@@ -8,9 +8,9 @@ joined at the end (Dao et al. 2023, Flash-Decoding).
 
 from tvm.script import tirx as T
 
+from ..layout import KV_BLOCK
 from ..root import hand_scheduled
 from .isa import Isa, vector_lanes
-from .layout import KV_BLOCK
 from .math import exp2
 from .prefetch import prefetcher
 from .softmax import MASKED, online_softmax

@@ -2,9 +2,10 @@
 
 from tvm.script import tirx as T
 
+from ..layout import PANEL
+from ..plain_weight import as_float32
 from ..root import hand_scheduled
-from .layout import PANEL, panel_shape
-from .plain_weight import as_float32
+from .layout import panel_shape
 
 
 def embedding(vocab_size: int, hidden_size: int, weight_dtype: str):

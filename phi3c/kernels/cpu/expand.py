@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from ..layout import PANEL
+from ..low_rank import LowRank
 from ..root import hand_scheduled
-from .layout import PANEL
-from .low_rank import LowRank
 
 _SIDE = 4  # panels of a task, as in int8_linear.py
 

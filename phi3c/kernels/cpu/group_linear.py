@@ -4,10 +4,11 @@ import operator
 
 from tvm.script import tirx as T
 
+from ..layout import GROUP, PANEL
 from ..root import hand_scheduled
 from .group_weight import near_one, quad, value
 from .isa import Isa
-from .layout import GROUP, PANEL, group_shapes
+from .layout import group_shapes
 from .prefetch import ROW_AHEAD, group_prefetcher
 from .reduce import folded
 

@@ -7,12 +7,13 @@ no launch of its own, and no `[n, 2·intermediate]` rows in memory, for the acti
 
 from tvm.script import tirx as T
 
+from ..layout import GROUP, PANEL
+from ..low_rank import LowRank
 from ..root import hand_scheduled
 from .expand import expansion
 from .int8_sums import ROW_BLOCK, task_sums
 from .isa import Isa
-from .layout import GROUP, PANEL, group_shapes
-from .low_rank import LowRank
+from .layout import group_shapes
 from .math import silu
 from .quantize import WORDS, quantized_group, slot_of
 

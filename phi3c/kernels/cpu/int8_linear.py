@@ -6,12 +6,13 @@ without one have the same bits as in the linear without adapters.
 
 from tvm.script import tirx as T
 
+from ..layout import PANEL
+from ..low_rank import LowRank
 from ..root import hand_scheduled
 from .expand import expansion
 from .int8_dot import Dot
 from .int8_sums import ROW_BLOCK, task_sums
-from .layout import PANEL, group_shapes
-from .low_rank import LowRank
+from .layout import group_shapes
 from .quantize import WORDS
 
 

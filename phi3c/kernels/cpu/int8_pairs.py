@@ -2,7 +2,7 @@
 
 from tvm.script import tirx as T
 
-from .layout import GROUP
+from ..layout import GROUP
 from .quantize import OFFSET, SCALE
 
 COLUMNS = 8  # of a tile

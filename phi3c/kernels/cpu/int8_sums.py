@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from ..layout import GROUP, PANEL
 from .int8_dot import Dot
 from .int8_pairs import pair_tile
-from .layout import GROUP, PANEL
 from .prefetch import ROW_AHEAD, group_prefetcher
 from .quantize import OFFSET, SCALE, slot
 

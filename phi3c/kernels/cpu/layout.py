@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-PANEL = 16  # output features in a weight panel
-KV_BLOCK = 16  # tokens in a KV block
+from ..layout import GROUP, PANEL
 
-
-def storage_dtype(dtype: str) -> str:
-    """What a plain weight of `dtype` is kept as: bfloat16 as its bits, which every target reads."""
-    return "uint16" if dtype == "bfloat16" else dtype
+_QUADS = GROUP // 4  # four consecutive input features, a byte each
 
 
 def panel_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
@@ -41,10 +37,6 @@ def unpack_panels(panels: np.ndarray, out_features: int) -> np.ndarray:
     count, in_features, _ = panels.shape
     rows = panels.swapaxes(1, 2).reshape(count * PANEL, in_features)
     return np.ascontiguousarray(rows[:out_features])
-
-
-GROUP = 32  # input features to a scale
-_QUADS = GROUP // 4  # four consecutive input features, a byte each
 
 
 def group_shapes(

@@ -3,10 +3,11 @@
 import numpy as np
 from tvm.script import tirx as T
 
+from ..layout import PANEL
+from ..plain_weight import as_float32
 from ..root import hand_scheduled
 from .isa import Isa
-from .layout import PANEL, panel_shape
-from .plain_weight import as_float32
+from .layout import panel_shape
 from .prefetch import later, prefetch
 
 _AHEAD_BYTES = 2048  # of a panel, that one row asks for before it needs them

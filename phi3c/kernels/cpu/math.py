@@ -2,7 +2,8 @@
 
 from tvm.script import tirx as T
 
-LOG2_E = 1.4426950408889634
+from ..math import LOG2_E
+
 # Minimax-like coefficients of 2**f on [-0.5, 0.5]: the Taylor series of exp(f·ln 2), 7 terms,
 # relative error below 2e-8 before rounding.
 _EXP2 = (

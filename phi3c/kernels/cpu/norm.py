@@ -4,9 +4,9 @@ import operator
 
 from tvm.script import tirx as T
 
+from ..layout import GROUP
 from ..root import hand_scheduled
 from .isa import Isa, vector_lanes
-from .layout import GROUP
 from .parallel import SERIAL_ROWS
 from .quantize import WORDS, quantized_group, slot_of
 from .reduce import folded

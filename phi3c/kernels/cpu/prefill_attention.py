@@ -10,9 +10,9 @@ enter[j] = j, leave[j] = n, so one kernel serves both.
 
 from tvm.script import tirx as T
 
+from ..layout import KV_BLOCK
 from ..root import hand_scheduled
 from .isa import Isa, vector_lanes
-from .layout import KV_BLOCK
 from .softmax import MASKED, online_softmax
 
 QUERY_TILE = 32  # query tokens in a tile

@@ -12,9 +12,9 @@ import operator
 import numpy as np
 from tvm.script import tirx as T
 
+from ..layout import GROUP
 from ..root import hand_scheduled
 from .isa import Isa
-from .layout import GROUP
 from .parallel import SERIAL_ROWS
 from .reduce import folded
 

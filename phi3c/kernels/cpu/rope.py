@@ -7,10 +7,10 @@ short-factor and long-factor sequences side by side.
 
 from tvm.script import tirx as T
 
+from ..layout import KV_BLOCK
+from ..math import LOG2_E
 from ..root import hand_scheduled
 from .isa import Isa, vector_lanes
-from .layout import KV_BLOCK
-from .math import LOG2_E
 from .parallel import SERIAL_LONG_ROWS
 
 

@@ -8,10 +8,10 @@ import operator
 
 from tvm.script import tirx as T
 
+from ..layout import GROUP
+from ..low_rank import LowRank
 from ..root import hand_scheduled
 from .isa import Isa, vector_lanes
-from .layout import GROUP
-from .low_rank import LowRank
 from .parallel import SERIAL_ROWS
 from .quantize import SCALE, WORDS, slot_of
 from .reduce import folded

@@ -2,7 +2,7 @@
 
 from tvm.script import tirx as T
 
-from .layout import KV_BLOCK
+from ..layout import KV_BLOCK
 from .math import exp2
 
 MASKED = -1e30  # a score that no key has; its weight is exactly zero

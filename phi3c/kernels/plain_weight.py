@@ -1,4 +1,4 @@
-"""Reads plain weights (layout.py, `storage_dtype`) inside a kernel."""
+"""Reads plain weights (weight_format.py, `storage_dtype`) inside a kernel."""
 
 from tvm.script import tirx as T
 
