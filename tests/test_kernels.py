@@ -1,4 +1,7 @@
-"""Every CPU kernel against its slow twin, for each instruction set that this machine can run."""
+"""Every CPU kernel against its slow twin, for each instruction set that this machine can run.
+
+Attention on a GPU reads the same pages: its kernels go through the same cases, by Vulkan.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from conftest import kernel_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_twins import BLOCK, PagedSequence
+from vulkan_device import DeviceKernel, found_device
 
 from phi3c.errors import TargetError
 from phi3c.kernels.cpu import CpuKernels, layout
@@ -24,6 +28,7 @@ from phi3c.kernels.cpu.isa import NEON_I8MM, PORTABLE, Isa
 from phi3c.kernels.cpu.parallel import SERIAL_LONG_ROWS, SERIAL_ROWS
 from phi3c.kernels.cpu.prefill_attention import CHUNK as PREFILL_CHUNK
 from phi3c.kernels.cpu.prefill_attention import QUERY_TILE
+from phi3c.kernels.gpu import GpuKernels
 from phi3c.runtime.host import _linux_cpu_flags
 from phi3c.runtime.token_tree import token_tree
 from phi3c.targets import parse_target
@@ -64,9 +69,20 @@ def isa(request) -> str:
     return request.param
 
 
+VULKAN = ["vulkan"] if found_device() else []
+
+
+@pytest.fixture(params=[*TARGETS, *VULKAN])
+def place(request) -> str:
+    """An instruction set, or a GPU."""
+    return request.param
+
+
 @cache
 def compiled(isa: str, kernel: str, *args):
-    """The kernel of CpuKernels, compiled alone."""
+    """The kernel of CpuKernels, or for "vulkan" of GpuKernels, compiled alone."""
+    if isa == "vulkan":
+        return DeviceKernel(getattr(GpuKernels("float32"), kernel)(*args))
     instruction_set, target = TARGETS[isa]
     func = getattr(CpuKernels(instruction_set), kernel)(*args)
     if target is None:
@@ -299,8 +315,8 @@ def test_rope_append(isa, heads, kv_heads, head_dim, rotary_dim, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 16), (2, 20), (3, 96)])
-def test_copy_slots_copies_in_order(isa, kv_heads, head_dim, dtype):
-    kernel = compiled(isa, "copy_slots", kv_heads, head_dim, dtype)
+def test_copy_slots_copies_in_order(place, kv_heads, head_dim, dtype):
+    kernel = compiled(place, "copy_slots", kv_heads, head_dim, dtype)
     before = normal(7, 4, 2, kv_heads, head_dim * BLOCK, dtype=dtype)
     rng = np.random.default_rng(8)
     for source, target in [
@@ -379,10 +395,10 @@ def indptr(counts) -> np.ndarray:
     return int32(0, *np.cumsum(counts))
 
 
-def run_decode(isa: str, shape: Shape, q, pages, sequences) -> np.ndarray:
+def run_decode(place: str, shape: Shape, q, pages, sequences) -> np.ndarray:
     """Calls the kernel with the tensors that describe `sequences`."""
     return run(
-        compiled(isa, "decode_attention", *shape.key),
+        compiled(place, "decode_attention", *shape.key),
         q,
         pages,
         indptr([len(s.blocks) for s in sequences]),
@@ -393,12 +409,12 @@ def run_decode(isa: str, shape: Shape, q, pages, sequences) -> np.ndarray:
     )
 
 
-def run_prefill(isa: str, shape: Shape, q, pages, sequences) -> np.ndarray:
+def run_prefill(place: str, shape: Shape, q, pages, sequences) -> np.ndarray:
     """Calls the kernel with the tensors that describe `sequences`."""
     trees = [token_tree(s.parents) for s in sequences]
     positions = [s.length + t.depth for s, t in zip(sequences, trees, strict=True)]
     return run(
-        compiled(isa, "prefill_attention", *shape.key),
+        compiled(place, "prefill_attention", *shape.key),
         q,
         pages,
         indptr([t.size for t in trees]),
@@ -413,14 +429,14 @@ def run_prefill(isa: str, shape: Shape, q, pages, sequences) -> np.ndarray:
     )
 
 
-def check_attention(run_kernel, isa, shape: Shape, parts, seed: int = 0, scale: float = 1.0):
+def check_attention(run_kernel, place, shape: Shape, parts, seed: int = 0, scale: float = 1.0):
     """A kernel against the twin, on random queries `scale` times as large as usual."""
     sequences, num_blocks = sequences_of(parts, shape.window, seed)
     pages = filled_pages(shape, sequences, num_blocks, seed)
     n = sum(len(s.parents) for s in sequences)
     q = normal(seed + 1, n, shape.heads * shape.head_dim)
     q *= np.float32(scale * np.log2(np.e) / np.sqrt(shape.head_dim))
-    found = run_kernel(isa, shape, q, pages, sequences)
+    found = run_kernel(place, shape, q, pages, sequences)
     expected = twins.attention(q, pages, sequences, shape.window, shape.head_dim)
     check(found, expected, ATTENTION_TOLERANCE * max(1.0, scale))
 
@@ -436,41 +452,41 @@ def random_tree(rng: np.random.Generator, n: int) -> list[int]:
 EDGES = [0, 1, 14, 15, 16, 17, 30, 31, 32, 33]
 
 
-def test_decode_attention_at_block_edges(isa, shape):
-    check_attention(run_decode, isa, shape, [(n, [-1], n % 2) for n in EDGES])
+def test_decode_attention_at_block_edges(place, shape):
+    check_attention(run_decode, place, shape, [(n, [-1], n % 2) for n in EDGES])
 
 
 @pytest.mark.parametrize("drops", [False, True])
-def test_decode_attention_over_many_blocks(isa, shape, drops):
+def test_decode_attention_over_many_blocks(place, shape, drops):
     keys = DECODE_CHUNK * BLOCK
     lengths = [keys - 2, keys - 1, keys, 3, 2 * keys + 5]
-    check_attention(run_decode, isa, shape, [(n, [-1], drops) for n in lengths], seed=1)
+    check_attention(run_decode, place, shape, [(n, [-1], drops) for n in lengths], seed=1)
 
 
-def test_decode_attention_of_contexts_in_parts(isa, shape):
+def test_decode_attention_of_contexts_in_parts(place, shape):
     part = DECODE_SPLIT * BLOCK
     lengths = [part - 1, part, 3, 2 * part - 1, 2 * part + BLOCK + 5]
-    check_attention(run_decode, isa, shape, [(n, [-1], n % 2) for n in lengths], seed=4)
-    check_attention(run_decode, isa, shape, [(lengths[-1], [-1], False)], seed=5)
+    check_attention(run_decode, place, shape, [(n, [-1], n % 2) for n in lengths], seed=4)
+    check_attention(run_decode, place, shape, [(lengths[-1], [-1], False)], seed=5)
 
 
-def test_decode_attention_of_one_sequence(isa, shape):
+def test_decode_attention_of_one_sequence(place, shape):
     for length in (0, 5, 40):
-        check_attention(run_decode, isa, shape, [(length, [-1], True)], seed=length)
+        check_attention(run_decode, place, shape, [(length, [-1], True)], seed=length)
 
 
-def test_prefill_attention_from_nothing(isa, shape):
+def test_prefill_attention_from_nothing(place, shape):
     lengths = [1, 15, 16, 17, QUERY_TILE - 1, QUERY_TILE, QUERY_TILE + 1, 2 * QUERY_TILE + 3]
-    check_attention(run_prefill, isa, shape, [(0, chain(n), False) for n in lengths])
+    check_attention(run_prefill, place, shape, [(0, chain(n), False) for n in lengths])
 
 
-def test_prefill_attention_at_block_edges(isa, shape):
+def test_prefill_attention_at_block_edges(place, shape):
     parts = [(old, chain(new), old % 2) for old in EDGES for new in (1, 2)]
-    check_attention(run_prefill, isa, shape, parts, seed=1)
+    check_attention(run_prefill, place, shape, parts, seed=1)
 
 
 @pytest.mark.parametrize("drops", [False, True])
-def test_prefill_attention_over_many_blocks(isa, shape, drops):
+def test_prefill_attention_over_many_blocks(place, shape, drops):
     keys = PREFILL_CHUNK * BLOCK
     parts = [
         (keys, chain(QUERY_TILE + 5), drops),
@@ -478,10 +494,10 @@ def test_prefill_attention_over_many_blocks(isa, shape, drops):
         (2 * keys - 1, chain(1), drops),
         (keys + 9, chain(2 * QUERY_TILE), drops),
     ]
-    check_attention(run_prefill, isa, shape, parts, seed=2)
+    check_attention(run_prefill, place, shape, parts, seed=2)
 
 
-def test_prefill_attention_of_trees_beside_chains(isa, shape):
+def test_prefill_attention_of_trees_beside_chains(place, shape):
     rng = np.random.default_rng(3)
     parts = [
         (0, [-1, -1, 0, 0, 1, 4, 2], False),
@@ -490,12 +506,12 @@ def test_prefill_attention_of_trees_beside_chains(isa, shape):
         (15, [-1] * 5, False),
         (90, random_tree(rng, 18), True),
     ]
-    check_attention(run_prefill, isa, shape, parts, seed=4)
+    check_attention(run_prefill, place, shape, parts, seed=4)
 
 
 @pytest.mark.parametrize("run_kernel", [run_decode, run_prefill])
 @pytest.mark.parametrize("scale", [1e-6, 30.0, 1e4, 1e8])
-def test_attention_with_tiny_and_huge_scores(isa, run_kernel, scale):
+def test_attention_with_tiny_and_huge_scores(place, run_kernel, scale):
     """Scores of many thousands, of both signs: one key takes all, nothing overflows."""
     shape = SHAPES["mha-16"]
     sequences, num_blocks = sequences_of([(200, [-1], False), (3, [-1], False)], None, 5)
@@ -503,31 +519,31 @@ def test_attention_with_tiny_and_huge_scores(isa, run_kernel, scale):
     # Whole numbers: float32 scores are exact, so that kernel and twin agree on the largest.
     pages = np.round(pages * 4)
     q = np.round(normal(6, 2, shape.heads * shape.head_dim) * 4) * np.float32(scale)
-    found = run_kernel(isa, shape, q, pages, sequences)
+    found = run_kernel(place, shape, q, pages, sequences)
     expected = twins.attention(q, pages, sequences, None, shape.head_dim)
     check(found, expected, ATTENTION_TOLERANCE * max(1.0, min(scale, 100.0)))
 
 
 @pytest.mark.parametrize("run_kernel", [run_decode, run_prefill])
-def test_attention_where_every_score_is_very_negative(isa, run_kernel):
+def test_attention_where_every_score_is_very_negative(place, run_kernel):
     """Far below what a score can be, yet not taken for the −1e30 of masked keys."""
     shape = SHAPES["mha-16"]
     sequences, num_blocks = sequences_of([(70, [-1], False)], None, 7)
     pages = filled_pages(shape, sequences, num_blocks, 7)
     pages[:, 0] = np.where(np.isnan(pages[:, 0]), np.nan, 1)
     q = np.full((1, shape.heads * shape.head_dim), -1e20, np.float32)
-    found = run_kernel(isa, shape, q, pages, sequences)
+    found = run_kernel(place, shape, q, pages, sequences)
     expected = twins.attention(q, pages, sequences, None, shape.head_dim)
     check(found, expected, ATTENTION_TOLERANCE)  # equal scores: the mean of the values
 
 
-def test_decode_and_prefill_attention_agree_on_one_token(isa, shape):
+def test_decode_and_prefill_attention_agree_on_one_token(place, shape):
     parts = [(n, [-1], True) for n in EDGES + [150]]
     sequences, num_blocks = sequences_of(parts, shape.window, 8)
     pages = filled_pages(shape, sequences, num_blocks, 8)
     q = normal(9, len(parts), shape.heads * shape.head_dim)
-    decode = run_decode(isa, shape, q, pages, sequences)
-    check(run_prefill(isa, shape, q, pages, sequences), decode, ATTENTION_TOLERANCE)
+    decode = run_decode(place, shape, q, pages, sequences)
+    check(run_prefill(place, shape, q, pages, sequences), decode, ATTENTION_TOLERANCE)
 
 
 def parts_of_trees():
@@ -541,9 +557,9 @@ def parts_of_trees():
 
 @settings(max_examples=15, deadline=None)
 @given(parts=parts_of_trees(), seed=st.integers(0, 2**16), name=st.sampled_from(list(SHAPES)))
-@pytest.mark.parametrize("isa_name", list(TARGETS))
-def test_prefill_attention_of_any_sequences(isa_name, parts, seed, name):
-    check_attention(run_prefill, isa_name, SHAPES[name], parts, seed)
+@pytest.mark.parametrize("place_name", [*TARGETS, *VULKAN])
+def test_prefill_attention_of_any_sequences(place_name, parts, seed, name):
+    check_attention(run_prefill, place_name, SHAPES[name], parts, seed)
 
 
 @settings(max_examples=15, deadline=None)
@@ -552,7 +568,7 @@ def test_prefill_attention_of_any_sequences(isa_name, parts, seed, name):
     seed=st.integers(0, 2**16),
     name=st.sampled_from(list(SHAPES)),
 )
-@pytest.mark.parametrize("isa_name", list(TARGETS))
-def test_decode_attention_of_any_sequences(isa_name, lengths, seed, name):
+@pytest.mark.parametrize("place_name", [*TARGETS, *VULKAN])
+def test_decode_attention_of_any_sequences(place_name, lengths, seed, name):
     parts = [(n, [-1], bool((seed >> i) % 2)) for i, n in enumerate(lengths)]
-    check_attention(run_decode, isa_name, SHAPES[name], parts, seed)
+    check_attention(run_decode, place_name, SHAPES[name], parts, seed)

@@ -16,10 +16,11 @@ from tvm.runtime.vm import VirtualMachine
 
 from ..artifact import Artifact
 from ..config import Phi3Config
-from ..errors import ArtifactError, InputError, TargetError
+from ..errors import ArtifactError, InputError
 from ..manifest import Manifest
 from ..memory import default_cache_tokens, memory
 from .adapter_pools import AdapterPools
+from .device import open_device, parameter_on
 from .host import check_cpu, check_memory
 from .kv_cache import PagedKVCache
 from .loaded_adapters import Adapter, LoadedAdapters
@@ -31,22 +32,23 @@ Array = np.ndarray | Sequence | Tensor
 def load(path: str | Path, device: str | None = None, threads: int | None = None) -> CompiledPhi3:
     """Loads an artifact folder.
 
-    device: `cpu`, or None for the artifact's own. threads: CPU threads, None for all physical
-    cores. Raises ArtifactError (broken, changed, or for another CPU) and OutOfMemoryError (weights,
-    workspace and slots for adapters do not fit) before anything of it runs.
+    device: `cpu`, `vulkan`, `vulkan:<index>`, or None for the first of the artifact's own kind.
+    threads: CPU threads, None for all physical cores. Raises ArtifactError (broken, changed, or for
+    another CPU), TargetError (compiled for another kind of device), DeviceError (it is not there,
+    or lacks what the kernels need) and OutOfMemoryError (weights, workspace and slots for adapters
+    do not fit) before anything of it runs.
     """
     artifact = Artifact.open(path)
-    if device not in (None, "cpu"):
-        raise TargetError(f"device: found {device!r}; accepted: cpu, or None")
     threads = check_threads(threads)
     check_cpu(artifact)
+    place = open_device(artifact, device)
     needed = memory(artifact.manifest, max_total_seq_len=0)
     parts = {"weights": needed.weights, "workspace": needed.workspace}
     if needed.adapters:
         parts["adapters"] = needed.adapters
     check_memory(str(path), parts)
     artifact.check_library()
-    return CompiledPhi3(artifact, threads)
+    return CompiledPhi3(artifact, threads, place)
 
 
 class CompiledPhi3:
@@ -57,10 +59,10 @@ class CompiledPhi3:
     Python threads at once; load the artifact twice for that, which shares weights and threads.
     """
 
-    def __init__(self, artifact: Artifact, threads: int):
+    def __init__(self, artifact: Artifact, threads: int, device: tvm.runtime.Device):
         self.artifact = artifact
         self.threads = threads
-        self._device = tvm.cpu(0)
+        self._device = device
         self._mapped = artifact.map_parameters()
         try:
             library = tvm.runtime.load_module(str(artifact.library))
@@ -72,8 +74,10 @@ class CompiledPhi3:
         self._vm = VirtualMachine(library, self._device)
         self._functions = {name: self._vm[name] for name in self.manifest.functions}
         self._parameters = tvm.runtime.convert(
-            [tvm.runtime.from_dlpack(array) for array in self._mapped.values()]
+            [parameter_on(device, array) for array in self._mapped.values()]
         )
+        if device.type != "cpu":
+            self._mapped = {}  # copied
 
         layout = self.manifest.adapters
         self.adapter_pools = layout and AdapterPools(layout, self.config, self._device)
@@ -281,7 +285,9 @@ class CompiledPhi3:
         info = self.manifest.functions[name]
         args = [inputs[spec.name] for spec in info.inputs]
         # Copied: kernels may load whole vectors, so their inputs must be aligned as TVM aligns.
-        args = [a if isinstance(a, Tensor) else tvm.runtime.tensor(a) for a in args]
+        args = [
+            a if isinstance(a, Tensor) else tvm.runtime.tensor(a, self._device) for a in args
+        ]
         if info.takes_pages:
             args.append(pages)
         if info.takes_adapters:
@@ -315,7 +321,8 @@ class CompiledPhi3:
         spec = self.manifest.functions[name].inputs[0]
         tensor = value
         if not isinstance(value, Tensor):
-            tensor = tvm.runtime.tensor(np.ascontiguousarray(value, spec.dtype))
+            array = np.ascontiguousarray(value, spec.dtype)
+            tensor = tvm.runtime.tensor(array, self._device)
         shape, hidden = tuple(tensor.shape), spec.shape[-1]
         rows = int(np.prod(shape[:-1]))
         n = rows if n is None else n

@@ -216,12 +216,20 @@ class Expressions:
         elif kind == 3:
             op = None
         elif name in _EXTREMA:
-            return self._extended(_EXTREMA[name][kind], result, *operands)
+            return self._extremum(name, kind, result, *operands)
         else:
             op = _ARITHMETIC[name][kind]
         if op is None:
             raise EmitError(f"{name} of {dtype.kind}")
         return self.module.value(op, result_type, *operands)
+
+    def _extremum(self, name: str, kind: int, dtype: DType, a: int, b: int) -> int:
+        """GLSL.std.450 has integers of 32 bits only."""
+        if dtype.kind == "float" or dtype.bits == 32:
+            return self._extended(_EXTREMA[name][kind], dtype, a, b)
+        less = _COMPARISONS["LT" if name == "Min" else "GT"][kind]
+        first = self.module.value(less, self.module.type(DType("bool", 1, dtype.lanes)), a, b)
+        return self.module.value(Op.SELECT, self.module.type(dtype), first, a, b)
 
     def _extended(self, function: Glsl, dtype: DType, *operands: int) -> int:
         extended = self.module.extended
