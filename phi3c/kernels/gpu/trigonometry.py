@@ -41,37 +41,54 @@ def _clamped(count):
 @T.inline
 def cos_sin(angle, C, S):
     """C[0], S[0] = cos(angle), sin(angle), for a float32 expression from 0 up to 2^18."""
-    bits: T.let = T.reinterpret("uint32", angle)
-    t: T.let = T.int32(150) - T.Cast("int32", _right(bits, _u(23)))  # at least 6
-    m: T.let = T.bitwise_or(T.bitwise_and(bits, _u(0x7FFFFF)), _u(0x800000))
-    a: T.let = _right(m, _u(12))
-    b: T.let = T.bitwise_and(m, _u(0xFFF))
-    # m · _WHOLE = high · 2^28 + low, from products below 2^28.
-    p0: T.let = b * _u(_LOW)
-    mid: T.let = _right(p0, _u(12)) + a * _u(_LOW) + _left(b * _u(_HIGH), _u(4))
-    fraction: T.let = _right(a * _u(_FRACTION), _u(4)) + _right(b * _u(_FRACTION), _u(16))
-    carried: T.let = (
-        T.bitwise_or(T.bitwise_and(p0, _u(0xFFF)), _left(T.bitwise_and(mid, _u(0xFFFF)), _u(12)))
-        + fraction
+    # Buffers, for TVM would put the expression of a `T.let` wherever it is used.
+    t = T.alloc_buffer((1,), "int32", scope="local")
+    m = T.alloc_buffer((2,), "uint32", scope="local")  # halves of 12 bits, the upper one first
+    product = T.alloc_buffer((2,), "uint32", scope="local")  # m · _PER_RADIAN: high · 2^28 + low
+    part = T.alloc_buffer((2,), "uint32", scope="local")
+    phase = T.alloc_buffer((2,), "uint32", scope="local")  # phase, nearest quadrant
+    x = T.alloc_buffer((2,), "float32", scope="local")  # what is past the quadrant, its square
+    y = T.alloc_buffer((2,), "float32", scope="local")  # cosine and sine of that
+
+    part[0] = T.reinterpret("uint32", angle)
+    t[0] = T.int32(150) - T.Cast("int32", _right(part[0], _u(23)))  # at least 6
+    part[0] = T.bitwise_or(T.bitwise_and(part[0], _u(0x7FFFFF)), _u(0x800000))
+    m[0] = _right(part[0], _u(12))
+    m[1] = T.bitwise_and(part[0], _u(0xFFF))
+
+    # From products below 2^28, no sum beyond 32 bits.
+    part[0] = m[1] * _u(_LOW)
+    part[1] = _right(part[0], _u(12)) + m[0] * _u(_LOW) + _left(m[1] * _u(_HIGH), _u(4))
+    product[0] = _right(part[1], _u(16)) + m[0] * _u(_HIGH)
+    product[1] = T.bitwise_or(
+        T.bitwise_and(part[0], _u(0xFFF)), _left(T.bitwise_and(part[1], _u(0xFFFF)), _u(12))
     )
-    high: T.let = _right(mid, _u(16)) + a * _u(_HIGH) + _right(carried, _u(28))
-    low: T.let = T.bitwise_and(carried, _u(0xFFFFFFF))
-    near: T.let = T.bitwise_or(_left(high, _clamped(28 - t)), _right(low, _clamped(t)))
-    phase: T.let = T.Select(t < 28, near, _right(high, _clamped(t - 28)))
-    quadrant: T.let = _right(phase + _u(2**29), _u(30))
-    rest: T.let = T.reinterpret("int32", phase - _left(quadrant, _u(30)))
-    x: T.let = T.Cast("float32", rest) * T.float32(pi / 2 / 2**30)
-    z: T.let = x * x
-    sin: T.let = x + x * z * (
-        T.float32(_SIN[0]) + z * (T.float32(_SIN[1]) + z * T.float32(_SIN[2]))
-    )
-    cos: T.let = (
-        T.float32(1)
-        - T.float32(0.5) * z
-        + z * z * (T.float32(_COS[0]) + z * (T.float32(_COS[1]) + z * T.float32(_COS[2])))
-    )
-    odd: T.let = T.bitwise_and(quadrant, _u(1)) == _u(1)
-    c: T.let = T.Select(odd, sin, cos)
-    s: T.let = T.Select(odd, cos, sin)
-    C[0] = T.Select(T.bitwise_and(quadrant + _u(1), _u(2)) == _u(2), -c, c)
-    S[0] = T.Select(T.bitwise_and(quadrant, _u(2)) == _u(2), -s, s)
+    product[1] += _right(m[0] * _u(_FRACTION), _u(4)) + _right(m[1] * _u(_FRACTION), _u(16))
+    product[0] += _right(product[1], _u(28))
+    product[1] = T.bitwise_and(product[1], _u(0xFFFFFFF))
+
+    if t[0] < 28:
+        phase[0] = T.bitwise_or(
+            _left(product[0], _clamped(28 - t[0])), _right(product[1], _clamped(t[0]))
+        )
+    else:
+        phase[0] = _right(product[0], _clamped(t[0] - 28))
+    phase[1] = _right(phase[0] + _u(2**29), _u(30))
+
+    rest = T.meta_var(T.reinterpret("int32", phase[0] - _left(phase[1], _u(30))))
+    x[0] = T.Cast("float32", rest) * T.float32(pi / 2 / 2**30)
+    x[1] = x[0] * x[0]
+    y[0] = T.float32(_COS[0]) + x[1] * (T.float32(_COS[1]) + x[1] * T.float32(_COS[2]))
+    y[0] = T.float32(1) - T.float32(0.5) * x[1] + x[1] * x[1] * y[0]
+    y[1] = T.float32(_SIN[0]) + x[1] * (T.float32(_SIN[1]) + x[1] * T.float32(_SIN[2]))
+    y[1] = x[0] + x[0] * x[1] * y[1]
+    if T.bitwise_and(phase[1], _u(1)) == _u(0):
+        C[0] = y[0]
+        S[0] = y[1]
+    else:
+        C[0] = y[1]
+        S[0] = y[0]
+    if T.bitwise_and(phase[1] + _u(1), _u(2)) == _u(2):
+        C[0] = -C[0]
+    if T.bitwise_and(phase[1], _u(2)) == _u(2):
+        S[0] = -S[0]
