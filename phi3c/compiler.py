@@ -18,9 +18,10 @@ from .adapters.weights import AdapterWeights
 from .artifact import LIBRARY, Artifact, file_sha256, write_manifest
 from .config import Phi3Config
 from .converter import Progress, check_config, weights_work
+from .device_code import device_code
 from .errors import ConfigError
 from .linker import find_linker
-from .manifest import FunctionInfo, KVLayout, Limits, Manifest, TargetInfo, TensorSpec
+from .manifest import DeviceNeeds, FunctionInfo, KVLayout, Limits, Manifest, TargetInfo, TensorSpec
 from .model.phi3 import Phi3ForCausalLM
 from .output_folder import check_output, new_folder
 from .passes.workspace import workspace_bytes
@@ -51,7 +52,7 @@ def compile(
 
     source: checkpoint folder, .gguf file, config JSON (random weights from `seed`), Hugging Face
     repo id, or a folder of `convert`.
-    target: `cpu` (this machine's), `cpu:<mcpu>` or `cpu:<mcpu>:<triple>`. quantization: a scheme's
+    target: `cpu` (this machine's), `cpu:<mcpu>`, `cpu:<mcpu>:<triple>` or `vulkan`. quantization: a scheme's
     name. output: new or empty folder, or an artifact to replace. max_batch_size: sequences in a
     forward; prefill_chunk_size: new tokens in a forward; context_length: tokens in a sequence, by
     default 4096 or the config's max_position_embeddings if that is less. max_loras: LoRA adapters
@@ -65,8 +66,8 @@ def compile(
     """
     report = progress or (lambda stage, done, total: None)
     output = Path(output)
-    scheme = parse_scheme(quantization)
     place = parse_target(target)
+    scheme = parse_scheme(quantization).on(place.device)
     find_linker(place)
     check_adapter_limits(max_loras, max_rank)
     check_output(output)
@@ -129,6 +130,7 @@ class Library:
     model: Phi3ForCausalLM
     spec: nn.spec.ModuleSpec
     workspace: dict[str, int]
+    needs: DeviceNeeds | None
 
 
 def compile_library(
@@ -141,7 +143,8 @@ def compile_library(
 ) -> Library:
     """Lowers the model and links its library to `path`. Raises TargetError without a linker."""
     link = find_linker(place)
-    model = Phi3ForCausalLM(config, scheme, place.kernels, layout)
+    kernels = place.kernels.with_activations(scheme.activations)
+    model = Phi3ForCausalLM(config, scheme, kernels, layout)
     spec = model.get_default_spec()
     mod, _ = model.export_tvm(spec)  # parameters in the order of `parameter_specs`
     bounds = {
@@ -153,9 +156,10 @@ def compile_library(
         mod = apply(plan_passes(bounds), mod)
         workspace = workspace_bytes(mod)
         mod = apply(finalize_passes(), mod)
-    executable = relax.build(mod, target=place.tvm_target, relax_pipeline=None)
-    executable.export_library(str(path), fcompile=link)
-    return Library(model, spec, workspace)
+    with device_code(place) as needs:
+        executable = relax.build(mod, target=place.tvm_target, relax_pipeline=None)
+        executable.export_library(str(path), fcompile=link)
+    return Library(model, spec, workspace, needs())
 
 
 def _manifest(
@@ -168,7 +172,9 @@ def _manifest(
     token_values = int(np.prod(page.shape[1:])) // block_tokens * config.num_hidden_layers
     return Manifest(
         **weights,
-        target=TargetInfo(place.name, place.mcpu, place.mtriple, place.cpu_flags),
+        target=TargetInfo(
+            place.name, place.device, library.needs, place.mcpu, place.mtriple, place.cpu_flags
+        ),
         limits=limits,
         kv_layout=KVLayout(
             block_tokens=block_tokens,

@@ -19,7 +19,7 @@ from .artifact import (
 )
 from .config import Phi3Config
 from .errors import ArtifactError, CheckpointError, SchemeError
-from .kernels.cpu import CpuKernels
+from .kernels.family import Kernels
 from .manifest import WeightsManifest
 from .merged_weights import MergedWeights
 from .output_folder import check_output, check_space, new_folder
@@ -65,14 +65,14 @@ def convert(
     return ConvertedWeights.open(output)
 
 
-def check_config(config: Phi3Config, scheme: Scheme, kernels: CpuKernels, output: Path) -> None:
+def check_config(config: Phi3Config, scheme: Scheme, kernels: Kernels, output: Path) -> None:
     """Raises SchemeError, and ArtifactError if the disk is too small."""
     specs = parameter_specs(config, scheme, kernels)
     check_space(output, sum(tensor_bytes(shape, dtype) for _, shape, dtype in specs) + _ROOM)
 
 
 def weights_work(
-    source: Source, scheme: Scheme, kernels: CpuKernels, adapter: AdapterWeights | None = None
+    source: Source, scheme: Scheme, kernels: Kernels, adapter: AdapterWeights | None = None
 ) -> Conversion | Reuse:
     """What puts a source's weights into a new folder, checked as far as it can be.
 
@@ -95,7 +95,7 @@ class Conversion:
         self,
         source: Source,
         scheme: Scheme,
-        kernels: CpuKernels,
+        kernels: Kernels,
         adapter: AdapterWeights | None = None,
     ):
         self._config, self._scheme, self._kernels = source.config, scheme, kernels
@@ -128,7 +128,7 @@ class Conversion:
 class Reuse:
     """Of weights that are converted already: the same file, linked where the disk is the same."""
 
-    def __init__(self, source: ConvertedFolder, scheme: Scheme, kernels: CpuKernels):
+    def __init__(self, source: ConvertedFolder, scheme: Scheme, kernels: Kernels):
         self._source, self._scheme, self._weights = source, scheme, source.converted
         manifest = self._weights.manifest
         converted = parse_scheme(manifest.quantization)

@@ -18,7 +18,7 @@ from .config import Phi3Config
 from .errors import ArtifactError, ConfigError
 from .tensor_file import TensorInfo
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -83,10 +83,28 @@ class KVLayout:
 
 
 @dataclass(frozen=True)
+class DeviceNeeds:
+    """The most that any kernel asks of a GPU.
+
+    kernels: how many there are; threads: of a workgroup; shared_bytes: of its memory;
+    argument_bytes: arguments that are no buffers; storage_bits: the narrowest values in buffers.
+    """
+
+    kernels: int
+    threads: int
+    shared_bytes: int
+    argument_bytes: int
+    storage_bits: int
+
+
+@dataclass(frozen=True)
 class TargetInfo:
-    """cpu_flags: what the code needs of the CPU, by Linux's names."""
+    """device: what runs the kernels; needs: of it, None on a CPU. mcpu, mtriple, cpu_flags: what
+    the code needs of the CPU, by LLVM's and Linux's names."""
 
     name: str
+    device: str
+    needs: DeviceNeeds | None
     mcpu: str
     mtriple: str
     cpu_flags: tuple[str, ...]
@@ -169,7 +187,7 @@ class Manifest(WeightsManifest):
     def _fields(cls, data: dict[str, Any]) -> dict[str, Any]:
         target, kv, adapters = data["target"], data["kv_layout"], data["adapters"]
         return super()._fields(data) | {
-            "target": TargetInfo(**target | {"cpu_flags": tuple(target["cpu_flags"])}),
+            "target": _target(target),
             "limits": Limits(**data["limits"]),
             "kv_layout": KVLayout(**kv | {"page_shape": tuple(kv["page_shape"])}),
             "adapters": None if adapters is None else AdapterLayout(**adapters),
@@ -180,6 +198,15 @@ class Manifest(WeightsManifest):
 
 
 _KINDS = {WeightsManifest.FORMAT: "weights converted by phi3c", Manifest.FORMAT: "a phi3c artifact"}
+
+
+def _target(entry: dict[str, Any]) -> TargetInfo:
+    needs = entry["needs"]
+    known = {
+        "needs": None if needs is None else DeviceNeeds(**needs),
+        "cpu_flags": tuple(entry["cpu_flags"]),
+    }
+    return TargetInfo(**entry | known)
 
 
 def _function(entry: dict[str, Any]) -> FunctionInfo:

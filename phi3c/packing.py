@@ -18,7 +18,7 @@ import numpy as np
 
 from .config import Phi3Config
 from .errors import SchemeError
-from .kernels.cpu import CpuKernels
+from .kernels.family import Kernels
 from .kernels.layout import PANEL
 from .model.phi3 import Phi3ForCausalLM
 from .quantization.group import GroupedRows, GroupQuantization
@@ -32,7 +32,7 @@ Spec = tuple[str, tuple[int, ...], str]  # name, shape, dtype
 _Block = tuple[str, int, int]  # tensor, first row, one past the last
 
 
-def parameter_specs(config: Phi3Config, scheme: Scheme, kernels: CpuKernels) -> list[Spec]:
+def parameter_specs(config: Phi3Config, scheme: Scheme, kernels: Kernels) -> list[Spec]:
     """The parameters of a model in the order of its functions' arguments.
 
     Raises SchemeError if the scheme's groups do not divide the model's dimensions.
@@ -49,7 +49,7 @@ def parameter_specs(config: Phi3Config, scheme: Scheme, kernels: CpuKernels) -> 
 
 
 def packed_parameters(
-    specs: Sequence[Spec], weights: Weights, kernels: CpuKernels, scheme: Scheme, report: Report
+    specs: Sequence[Spec], weights: Weights, kernels: Kernels, scheme: Scheme, report: Report
 ) -> Iterator[np.ndarray]:
     """The arrays of `specs`. Raises CheckpointError, and SchemeError where a value does not fit."""
     tensors = [(name, list(group)) for name, group in groupby(specs, key=lambda s: _tensor(s[0]))]
@@ -86,7 +86,7 @@ class _Pack:
     """One block of a tensor → its part of each parameter."""
 
     weights: Weights
-    kernels: CpuKernels
+    kernels: Kernels
     scheme: Scheme
 
     def __call__(self, block: _Block) -> tuple[np.ndarray, ...]:

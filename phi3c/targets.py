@@ -1,6 +1,7 @@
 """Target names → TVM targets and the kernels that fit them.
 
-`cpu` is this machine's CPU, `cpu:<mcpu>` another one of this architecture by LLVM's name
+`vulkan` is any GPU with Vulkan 1.1 and 16-bit storage, in a machine like this one. `cpu` is this
+machine's CPU, `cpu:<mcpu>` another one of this architecture by LLVM's name
 (`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of any machine
 (`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
 """
@@ -27,6 +28,8 @@ from .kernels.cpu.isa import (
     PORTABLE,
     Isa,
 )
+from .kernels.family import Kernels
+from .kernels.gpu import GpuKernels
 
 # LLVM feature → the flag that Linux reports for it. An artifact lists those that its code may use,
 # so that a CPU without them is refused at load instead of dying on an illegal instruction.
@@ -78,18 +81,23 @@ _AARCH64_FLAGS = {
     "sve2p1": "sve2p1",
 }
 
-_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>"
+_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, vulkan"
 # The systems that TVM's runtime is built for; LLVM would end the process on some other names.
 _TRIPLE = re.compile(r"(x86_64|aarch64|arm64)-((\w+-)?linux-gnu|apple-(darwin|macos)[\d.]*)")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A place to compile for. `cpu_flags`: what the code needs of the CPU, as Linux names it."""
+    """A place to compile for.
+
+    device: what runs the kernels, `cpu` or `vulkan`. mcpu, mtriple: of the CPU, a GPU's host too;
+    cpu_flags: what the code needs of it, as Linux names it.
+    """
 
     name: str
+    device: str
     tvm_target: tvm.target.Target
-    kernels: CpuKernels
+    kernels: Kernels
     mcpu: str
     mtriple: str
     cpu_flags: tuple[str, ...]
@@ -97,6 +105,8 @@ class Target:
 
 def parse_target(name: str) -> Target:
     """A name in one of the forms above → Target. Raises TargetError naming what is accepted."""
+    if name == "vulkan":
+        return _vulkan()
     kind, *parts = name.split(":")
     if kind != "cpu" or len(parts) > 2 or not all(parts):
         raise TargetError(f"target: found {name!r}; accepted: {_FORMS}")
@@ -117,7 +127,26 @@ def parse_target(name: str) -> Target:
         )
     target = tvm.target.Target(attributes | {"mcpu": mcpu})
     isa, flags = _isa(target)
-    return Target(name, target, CpuKernels(isa), mcpu, triple, flags)
+    return Target(name, "cpu", target, CpuKernels(isa), mcpu, triple, flags)
+
+
+def _vulkan() -> Target:
+    """Its host code runs on every CPU of this architecture: it does little but launch kernels."""
+    triple = codegen.llvm_get_system_triple()
+    mcpu = "x86-64" if triple.startswith("x86_64") else "generic"
+    kernels = GpuKernels("float32")
+    target = tvm.target.Target(
+        {
+            "kind": "vulkan",
+            "host": {"kind": "llvm", "mtriple": triple, "mcpu": mcpu},
+            "max_num_threads": kernels.limits.threads,
+            "max_threads_per_block": kernels.limits.threads,
+            "max_shared_memory_per_block": kernels.limits.shared_bytes,
+            "supports_float16": True,
+            "supports_16bit_buffer": True,
+        }
+    )
+    return Target("vulkan", "vulkan", target, kernels, mcpu, triple, ())
 
 
 def _checked_triple(name: str, triple: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tvm.relax.frontend import nn
 
 from ..config import Phi3Config
-from ..kernels.cpu import CpuKernels
+from ..kernels.family import Kernels
 from ..kernels.layout import GROUP
 from ..kernels.low_rank import LowRank
 from ..kernels.weight_format import GroupFormat, WeightFormat
@@ -44,11 +44,11 @@ class Ops:
 
     config: Phi3Config
     scheme: Scheme
-    kernels: CpuKernels
+    kernels: Kernels
     low_rank: LowRank | None = None
 
-    def _out(self, *shape) -> Tensor:
-        return Tensor.placeholder(list(shape), self.kernels.activation_dtype)
+    def _out(self, *shape, dtype: str | None = None) -> Tensor:
+        return Tensor.placeholder(list(shape), dtype or self.kernels.activation_dtype)
 
     def weight(self, kind: Kind, out_features: int, in_features: int) -> Weight:
         """The parameters of a linear or embedding `[out, in]`, in the layout its kernels read."""
@@ -81,28 +81,29 @@ class Ops:
         out_features: int,
         residual: Tensor | None = None,
         adapters: LinearAdapters | None = None,
+        dtype: str | None = None,
     ) -> Tensor:
         """x `[n, in]`, plain or as `quantize` gives it → x Wᵀ (+ residual) `[n, out]`, and what
-        the rows' adapters add.
+        the rows' adapters add. dtype: of the output, if it is not that of other activations.
         """
         if isinstance(weight, GroupWeight) and isinstance(x, Tensor):
             x = self.quantize(x, weight.quantization)
         kind, arrays = _parts(weight)
-        out = self._out(x.shape[0], out_features)
+        out = self._out(x.shape[0], out_features, dtype=dtype)
         added = [] if residual is None else [residual]
         shrunk = self._shrink(x, adapters) if adapters else []
         if isinstance(x, Int8Rows):
             form = (out_features, x.features, kind, bool(added), self.low_rank if shrunk else None)
             args = [x.words, *arrays, *added, *shrunk]
             return nn.op.tensor_ir_op(self.kernels.int8_linear(*form), "int8_linear", args, out)
-        kernel = self.kernels.linear(out_features, x.shape[1], kind, bool(added))
+        kernel = self.kernels.linear(out_features, x.shape[1], kind, bool(added), out.dtype)
         y = nn.op.tensor_ir_op(kernel, "linear", [x, *arrays, *added], out)
         return self._expand(shrunk, y) if shrunk else y
 
     def _shrink(self, x: Activation, adapters: LinearAdapters) -> list[Tensor]:
         """The products of the rows' A with x, and what the other half needs: h, b, slot, rank."""
         a, slot, rank = adapters.a, adapters.slot, adapters.rank
-        out = self._out(x.shape[0], self.low_rank.max_rank)
+        out = self._out(x.shape[0], self.low_rank.max_rank, dtype="float32")
         if isinstance(x, Int8Rows):
             kernel, name, rows = self.kernels.int8_shrink, "int8_shrink", x.words
         else:
@@ -173,7 +174,7 @@ class Ops:
         """Cosines and sines of this forward's positions, `[n, rotary_dim]`."""
         c = self.config
         kernel = self.kernels.rope_table(c.rotary_dim, c.attention_factor)
-        out = self._out(inputs.positions.shape[0], c.rotary_dim)
+        out = self._out(inputs.positions.shape[0], c.rotary_dim, dtype="float32")
         args = [inputs.positions, inputs.factor_set, inv_freq]
         return nn.op.tensor_ir_op(kernel, "rope_table", args, out)
 

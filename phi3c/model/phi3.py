@@ -17,7 +17,7 @@ from tvm.relax.frontend import nn
 
 from ..adapters.layout import AdapterLayout
 from ..config import Phi3Config
-from ..kernels.cpu import CpuKernels
+from ..kernels.family import Kernels
 from ..kernels.low_rank import LowRank
 from ..quantization.scheme import Kind, Scheme
 from .adapter_inputs import AdapterInputs, LayerAdapters, LinearAdapters, pools_spec, row_specs
@@ -35,7 +35,7 @@ class Phi3ForCausalLM(nn.Module):
         self,
         config: Phi3Config,
         scheme: Scheme,
-        kernels: CpuKernels,
+        kernels: Kernels,
         layout: AdapterLayout | None = None,
     ):
         super().__init__()
@@ -122,10 +122,9 @@ class Phi3ForCausalLM(nn.Module):
         return self._vocabulary(self.model.norm(x, self.ops.scheme.vocabulary))
 
     def _vocabulary(self, x: Activation) -> Tensor:
-        """The final norm's output → logits."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.lm_head_forward(x)
-        return self.lm_head(x)
+        """The final norm's output → logits, float32."""
+        owner = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return self.ops.linear(x, owner.weight, self.config.vocab_size, dtype="float32")
 
     def page_spec(self) -> list[nn.spec.Tensor]:
         """One KV tensor per layer: `[blocks, 2, kv_heads, head_dim·16]`, keys then values."""
@@ -327,9 +326,6 @@ class Phi3Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.ops.embedding(input_ids, self.weight)
-
-    def lm_head_forward(self, x: Activation) -> Tensor:
-        return self.ops.linear(x, self.weight, self.ops.config.vocab_size)
 
 
 class Phi3RMSNorm(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm.relax.frontend import nn
 
-from ..kernels.cpu import CpuKernels
+from ..kernels.family import Kernels
 from ..kernels.weight_format import storage_dtype
 from .group import GroupQuantization
 from .scheme import Kind
@@ -15,7 +15,7 @@ class GroupWeight(nn.Module):
 
     def __init__(
         self,
-        kernels: CpuKernels,
+        kernels: Kernels,
         quantization: GroupQuantization,
         out_features: int,
         in_features: int,
@@ -30,7 +30,7 @@ class GroupWeight(nn.Module):
 Weight = nn.Parameter | GroupWeight
 
 
-def make_weight(kernels: CpuKernels, kind: Kind, out_features: int, in_features: int) -> Weight:
+def make_weight(kernels: Kernels, kind: Kind, out_features: int, in_features: int) -> Weight:
     """kind: how it is stored."""
     if isinstance(kind, GroupQuantization):
         return GroupWeight(kernels, kind, out_features, in_features)

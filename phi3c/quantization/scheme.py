@@ -4,15 +4,17 @@
 features, symmetric, with scales and KV pages of float<width>. `q4f<width>_hq` searches the scales
 of 4-bit linears for the least squared error and keeps embedding and head at 8 bits. `q0<type>`
 keeps the weights in that type and KV pages too, but for `q0bf16`, whose pages are float16: as large
-and more precise. Activations between kernels are the target's choice (float32 on the CPU).
+and more precise. Activations between kernels are float32 on the CPU, and on a GPU what the scheme
+says (`activations`).
 
 On the CPU a grouped scheme rounds the input of every linear to int8, in groups of 32, and
-multiplies in integers; with `:float` behind its name it does neither.
+multiplies in integers; with `:float` behind its name it does neither. On a GPU both names mean the
+same: activations stay floats.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +38,15 @@ class Scheme:
     vocabulary: Kind
     kv_dtype: str
     int8_activations: bool = False
+
+    @property
+    def activations(self) -> str:
+        """The dtype between a GPU's kernels: float16 if no part of the scheme is wider."""
+        return "float16" if "float16" == self.kv_dtype and self.linear != "bfloat16" else "float32"
+
+    def on(self, device: str) -> Scheme:
+        """As that device computes it: only the CPU rounds activations to int8."""
+        return self if device == "cpu" else replace(self, int8_activations=False)
 
     @property
     def tolerance(self) -> float:

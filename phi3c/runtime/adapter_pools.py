@@ -27,7 +27,7 @@ class AdapterPools:
             tvm.runtime.empty(shape, layout.dtype, device) for shape in layout.pool_shapes(config)
         ]
         self.tensors = tvm.runtime.convert(pools)
-        self._arrays = [np.from_dlpack(pool) for pool in pools]
+        self._slots = [_slots(pool) for pool in pools]
 
     @property
     def ranks(self) -> np.ndarray:
@@ -47,13 +47,14 @@ class AdapterPools:
         """The same for what is packed in the pools' dtype, of at most max_rank."""
         self._ranks[slot] = 0  # until it is whole
         for i, key in enumerate(layer_targets(self._config)):
-            a, b = self._arrays[2 * i][slot], self._arrays[2 * i + 1][slot]
-            rank = 0
+            places = self._slots[2 * i][slot], self._slots[2 * i + 1][slot]
+            a, b = (np.zeros(place.shape, self.layout.dtype) for place in places)
             if key in adapter.pairs:
                 own_a, own_b = adapter.pairs[key]
                 rank = len(own_a)
                 a[:rank], b[:, :rank] = own_a, own_b
-            a[rank:], b[:, rank:] = 0, 0
+            for place, values in zip(places, (a, b), strict=True):
+                place.copyfrom(values)
         self._ranks[slot] = adapter.rank
 
     def clear(self, slot: int) -> None:
@@ -79,3 +80,10 @@ class AdapterPools:
                         f"adapter: layer {layer}, {target}, {name}: found {largest:g}; accepted: "
                         f"up to {most:g} ({self.layout.dtype})"
                     )
+
+
+def _slots(pool: tvm.runtime.Tensor) -> list[tvm.runtime.Tensor]:
+    """Views of a pool `[max_loras, …]`, one for each slot."""
+    shape = tuple(pool.shape[1:])
+    size = int(np.prod(shape)) * np.dtype(pool.dtype).itemsize
+    return [pool._create_view(shape, pool.dtype, i * size) for i in range(pool.shape[0])]

@@ -40,6 +40,10 @@ class CpuKernels:
     kv_block = KV_BLOCK
     int8_words = WORDS  # 32-bit words of a group of int8 activations
 
+    def with_activations(self, dtype: str) -> CpuKernels:
+        """The same: a GPU's kernels have the activations of a scheme."""
+        return self
+
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of a linear's (or the embedding's) weight as the kernels read it."""
         return layout.panel_shape(out_features, in_features)
@@ -77,8 +81,14 @@ class CpuKernels:
 
     @cache  # noqa: B019
     def linear(
-        self, out_features: int, in_features: int, kind: WeightFormat, residual: bool
+        self,
+        out_features: int,
+        in_features: int,
+        kind: WeightFormat,
+        residual: bool,
+        out_dtype: str = "float32",
     ) -> tirx.PrimFunc:
+        assert out_dtype == self.activation_dtype, out_dtype
         if isinstance(kind, GroupFormat):
             form = (kind.bits, kind.zero, kind.scale_dtype)
             return group_linear(self.isa, out_features, in_features, *form, residual)

@@ -1,0 +1,39 @@
+"""What makes TVM generate the code of a target's device, and what that code asks of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from .manifest import DeviceNeeds
+from .spirv.codegen import collected, register
+from .spirv.kernel import POD_BYTES, Kernel
+from .targets import Target
+from .vulkan import load_runtime
+
+
+@contextmanager
+def device_code(place: Target) -> Iterator[Callable[[], DeviceNeeds | None]]:
+    """Inside, TVM can build for the target; then the function says what was built.
+
+    Raises DeviceError where the part of TVM's runtime that holds the code cannot be compiled.
+    """
+    if place.device == "cpu":
+        yield lambda: None
+        return
+    load_runtime()
+    register()
+    with collected() as kernels:
+        yield lambda: _needs(kernels)
+
+
+def _needs(kernels: Sequence[Kernel]) -> DeviceNeeds:
+    threads = [x * y * z for x, y, z in (kernel.workgroup for kernel in kernels)]
+    plain = [sum(dtype != "handle" for dtype in kernel.arguments) for kernel in kernels]
+    return DeviceNeeds(
+        kernels=len(kernels),
+        threads=max(threads),
+        shared_bytes=max(kernel.shared_bytes for kernel in kernels),
+        argument_bytes=POD_BYTES * max(plain),
+        storage_bits=min(kernel.storage_bits for kernel in kernels),
+    )

@@ -1,0 +1,346 @@
+"""TIR expressions → SPIR-V values, one method for each kind of node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .module import BOOL, UINT32, DType, Module
+from .opcodes import Glsl, Op, Storage
+
+# (float, signed, unsigned)
+_ARITHMETIC = {
+    "Add": (Op.F_ADD, Op.I_ADD, Op.I_ADD),
+    "Sub": (Op.F_SUB, Op.I_SUB, Op.I_SUB),
+    "Mul": (Op.F_MUL, Op.I_MUL, Op.I_MUL),
+    "Div": (Op.F_DIV, Op.S_DIV, Op.U_DIV),
+    "Mod": (Op.F_REM, Op.S_REM, Op.U_MOD),
+    "BitwiseAnd": (None, Op.BITWISE_AND, Op.BITWISE_AND),
+    "BitwiseOr": (None, Op.BITWISE_OR, Op.BITWISE_OR),
+    "BitwiseXor": (None, Op.BITWISE_XOR, Op.BITWISE_XOR),
+    "LShift": (None, Op.SHIFT_LEFT_LOGICAL, Op.SHIFT_LEFT_LOGICAL),
+    "RShift": (None, Op.SHIFT_RIGHT_ARITHMETIC, Op.SHIFT_RIGHT_LOGICAL),
+}
+_EXTREMA = {
+    "Min": (Glsl.F_MIN, Glsl.S_MIN, Glsl.U_MIN),
+    "Max": (Glsl.F_MAX, Glsl.S_MAX, Glsl.U_MAX),
+}
+# The same, and for bool
+_COMPARISONS = {
+    "LT": (Op.F_ORD_LESS_THAN, Op.S_LESS_THAN, Op.U_LESS_THAN, None),
+    "LE": (Op.F_ORD_LESS_THAN_EQUAL, Op.S_LESS_THAN_EQUAL, Op.U_LESS_THAN_EQUAL, None),
+    "GT": (Op.F_ORD_GREATER_THAN, Op.S_GREATER_THAN, Op.U_GREATER_THAN, None),
+    "GE": (Op.F_ORD_GREATER_THAN_EQUAL, Op.S_GREATER_THAN_EQUAL, Op.U_GREATER_THAN_EQUAL, None),
+    "EQ": (Op.F_ORD_EQUAL, Op.I_EQUAL, Op.I_EQUAL, Op.LOGICAL_EQUAL),
+    "NE": (Op.F_UNORD_NOT_EQUAL, Op.I_NOT_EQUAL, Op.I_NOT_EQUAL, Op.LOGICAL_NOT_EQUAL),
+}
+_KINDS = ("float", "int", "uint", "bool")
+
+# Operators, and the C functions that TVM makes of them for a target without rules of its own.
+_MATHS = {
+    "exp": Glsl.EXP,
+    "exp2": Glsl.EXP2,
+    "log": Glsl.LOG,
+    "log2": Glsl.LOG2,
+    "sqrt": Glsl.SQRT,
+    "rsqrt": Glsl.INVERSE_SQRT,
+    "pow": Glsl.POW,
+    "floor": Glsl.FLOOR,
+    "ceil": Glsl.CEIL,
+    "trunc": Glsl.TRUNC,
+    "nearbyint": Glsl.ROUND_EVEN,
+    "rint": Glsl.ROUND_EVEN,
+    "fabs": Glsl.F_ABS,
+    "tanh": Glsl.TANH,
+    "sin": Glsl.SIN,
+    "cos": Glsl.COS,
+    "fma": Glsl.FMA,
+}
+_BITWISE = {
+    "bitwise_and": "BitwiseAnd",
+    "bitwise_or": "BitwiseOr",
+    "bitwise_xor": "BitwiseXor",
+    "shift_left": "LShift",
+    "shift_right": "RShift",
+}
+
+
+class EmitError(Exception):
+    """A node that has no SPIR-V here; kernel.py says in which kernel."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A buffer: variable, storage class, and the type of an element. in_block: it is the only
+    member of a block."""
+
+    variable: int
+    storage: Storage
+    dtype: DType
+    in_block: bool
+
+
+def dtype_of(node) -> DType:
+    return _parsed(str(node.ty.dtype))
+
+
+def _parsed(name: str) -> DType:
+    try:
+        return DType.parse(name)
+    except ValueError as err:
+        raise EmitError(str(err)) from None
+
+
+class Expressions:
+    """values, buffers: what is in scope, by the hash of TVM's Var (its identity)."""
+
+    def __init__(self):
+        self.module = Module()
+        self.values: dict[int, int] = {}
+        self.buffers: dict[int, Memory] = {}
+        self.block = 0  # the label of the block that is being written
+
+    def expression(self, node) -> int:
+        """The id of its value. Raises EmitError."""
+        name = type(node).__name__
+        if name in _ARITHMETIC or name in _EXTREMA or name in _COMPARISONS:
+            return self._binary(name, node.a, node.b, dtype_of(node))
+        emit = getattr(self, f"_emit_{name}", None)
+        if emit is None:
+            raise EmitError(f"the expression {name}")
+        return emit(node)
+
+    # Leaves
+
+    def _emit_Var(self, node) -> int:
+        return self.values[hash(node)]
+
+    def _emit_IntImm(self, node) -> int:
+        return self.constant(dtype_of(node), int(node.value))
+
+    def _emit_FloatImm(self, node) -> int:
+        return self.constant(dtype_of(node), float(node.value))
+
+    def constant(self, dtype: DType, value: int | float) -> int:
+        return self._splat(self.module.constant(dtype.element, value), dtype)
+
+    def _splat(self, value: int, dtype: DType) -> int:
+        if dtype.lanes == 1:
+            return value
+        return self._construct(dtype, [value] * dtype.lanes)
+
+    def _construct(self, dtype: DType, values: list[int]) -> int:
+        return self.module.value(Op.COMPOSITE_CONSTRUCT, self.module.type(dtype), *values)
+
+    def _lane(self, value: int, dtype: DType, lane: int) -> int:
+        if dtype.lanes == 1:
+            return value
+        element = self.module.type(dtype.element)
+        return self.module.value(Op.COMPOSITE_EXTRACT, element, value, lane)
+
+    # Memory
+
+    def _emit_TensorLoad(self, node) -> int:
+        if len(node.indices) != 1:
+            raise EmitError(f"a load of {len(node.indices)} indices from {node.source.name}")
+        memory, dtype = self.memory(node.source), dtype_of(node)
+        element = self.module.type(memory.dtype)
+        values = [
+            self.module.value(Op.LOAD, element, self._pointer(memory, place))
+            for place in self._places(node.indices[0])
+        ]
+        found = values[0] if len(values) == 1 else self._construct(dtype, values)
+        return self.converted(found, DType(memory.dtype.kind, memory.dtype.bits, dtype.lanes), dtype)
+
+    def store(self, buffer, index, value) -> None:
+        memory, dtype = self.memory(buffer), dtype_of(value)
+        found = self.expression(value)
+        wanted = DType(memory.dtype.kind, memory.dtype.bits, dtype.lanes)
+        found = self.converted(found, dtype, wanted)
+        for lane, place in enumerate(self._places(index)):
+            pointer = self._pointer(memory, place)
+            self.module.do(Op.STORE, pointer, self._lane(found, wanted, lane))
+
+    def memory(self, buffer) -> Memory:
+        if hash(buffer) not in self.buffers:
+            raise EmitError(f"the buffer {buffer.name}, which is not declared")
+        return self.buffers[hash(buffer)]
+
+    def _pointer(self, memory: Memory, place: int) -> int:
+        pointer = self.module.pointer(memory.storage, self.module.type(memory.dtype))
+        member = [self.module.constant(UINT32, 0)] if memory.in_block else []
+        return self.module.value(Op.ACCESS_CHAIN, pointer, memory.variable, *member, place)
+
+    def _places(self, index) -> list[int]:
+        """The ids of a scalar index, or of each lane of a vector of them."""
+        dtype = dtype_of(index)
+        if type(index).__name__ == "Ramp":
+            return self._ramp(index)
+        value = self.expression(index)
+        return [self._lane(value, dtype, lane) for lane in range(dtype.lanes)]
+
+    def _ramp(self, node) -> list[int]:
+        dtype = dtype_of(node)
+        base, stride = self.expression(node.base), self.expression(node.stride)
+        element = self.module.type(dtype.element)
+        values = [base]
+        for lane in range(1, dtype.lanes):
+            step = self.module.constant(dtype.element, lane)
+            offset = self.module.value(Op.I_MUL, element, stride, step)
+            values.append(self.module.value(Op.I_ADD, element, base, offset))
+        return values
+
+    # Vectors
+
+    def _emit_Ramp(self, node) -> int:
+        return self._construct(dtype_of(node), self._ramp(node))
+
+    def _emit_Broadcast(self, node) -> int:
+        return self._splat(self.expression(node.value), dtype_of(node))
+
+    def _emit_Shuffle(self, node) -> int:
+        lanes = []
+        for vector in node.vectors:
+            value, dtype = self.expression(vector), dtype_of(vector)
+            lanes += [self._lane(value, dtype, lane) for lane in range(dtype.lanes)]
+        chosen = [lanes[int(i)] for i in node.indices]
+        return chosen[0] if len(chosen) == 1 else self._construct(dtype_of(node), chosen)
+
+    # Arithmetic
+
+    def _binary(self, name: str, a, b, result: DType) -> int:
+        operands, dtype = (self.expression(a), self.expression(b)), dtype_of(a)
+        kind = _KINDS.index(dtype.kind)
+        result_type = self.module.type(result)
+        if name in _COMPARISONS:
+            op = _COMPARISONS[name][kind]
+        elif kind == 3:
+            op = None
+        elif name in _EXTREMA:
+            return self._extended(_EXTREMA[name][kind], result, *operands)
+        else:
+            op = _ARITHMETIC[name][kind]
+        if op is None:
+            raise EmitError(f"{name} of {dtype.kind}")
+        return self.module.value(op, result_type, *operands)
+
+    def _extended(self, function: Glsl, dtype: DType, *operands: int) -> int:
+        extended = self.module.extended
+        return self.module.value(
+            Op.EXT_INST, self.module.type(dtype), extended, function, *operands
+        )
+
+    def _emit_And(self, node) -> int:
+        return self._logical(Op.LOGICAL_AND, node, node.a, node.b)
+
+    def _emit_Or(self, node) -> int:
+        return self._logical(Op.LOGICAL_OR, node, node.a, node.b)
+
+    def _emit_Not(self, node) -> int:
+        return self._logical(Op.LOGICAL_NOT, node, node.a)
+
+    def _logical(self, op: Op, node, *operands) -> int:
+        values = [self.expression(x) for x in operands]
+        return self.module.value(op, self.module.type(dtype_of(node)), *values)
+
+    def _emit_Cast(self, node) -> int:
+        return self.converted(self.expression(node.value), dtype_of(node.value), dtype_of(node))
+
+    def converted(self, value: int, source: DType, target: DType) -> int:
+        """As C converts: floats to integers towards zero, integers modulo their width."""
+        if source == target:
+            return value
+        module, result = self.module, self.module.type(target)
+        if target.kind == "bool":
+            op = Op.F_UNORD_NOT_EQUAL if source.kind == "float" else Op.I_NOT_EQUAL
+            return module.value(op, result, value, self.constant(source, 0))
+        if source.kind == "bool":
+            choices = self.constant(target, 1), self.constant(target, 0)
+            return module.value(Op.SELECT, result, value, *choices)
+        if source.kind == "float" and target.kind == "float":
+            return module.value(Op.F_CONVERT, result, value)
+        if source.kind == "float":
+            op = Op.CONVERT_F_TO_S if target.kind == "int" else Op.CONVERT_F_TO_U
+            return module.value(op, result, value)
+        if target.kind == "float":
+            op = Op.CONVERT_S_TO_F if source.kind == "int" else Op.CONVERT_U_TO_F
+            return module.value(op, result, value)
+        if source.bits != target.bits:
+            same_kind = DType(source.kind, target.bits, source.lanes)
+            op = Op.S_CONVERT if source.kind == "int" else Op.U_CONVERT
+            value = module.value(op, module.type(same_kind), value)
+        if source.kind == target.kind:
+            return value
+        return module.value(Op.BITCAST, result, value)
+
+    def _emit_Select(self, node) -> int:
+        """Both sides are computed."""
+        dtype = dtype_of(node)
+        condition = self.expression(node.condition)
+        if dtype_of(node.condition).lanes != dtype.lanes:
+            condition = self._splat(condition, DType("bool", 1, dtype.lanes))
+        sides = self.expression(node.true_value), self.expression(node.false_value)
+        return self.module.value(Op.SELECT, self.module.type(dtype), condition, *sides)
+
+    def _emit_Let(self, node) -> int:
+        self.values[hash(node.var)] = self.expression(node.value)
+        return self.expression(node.body)
+
+    # Calls
+
+    def _emit_Call(self, node) -> int:
+        name, args = node.op.name.rpartition(".")[2], list(node.args)
+        if name in ("call_pure_extern", "call_extern"):
+            name, args = str(args[0].value), args[1:]
+            name = name if name in _MATHS else name.removesuffix("f")
+        if name in _MATHS:
+            return self._extended(
+                _MATHS[name], dtype_of(node), *(self.expression(arg) for arg in args)
+            )
+        if name in _BITWISE:
+            return self._binary(_BITWISE[name], *args, dtype_of(node))
+        emit = getattr(self, f"_call_{name}", None)
+        if emit is None:
+            raise EmitError(f"a call of {name}")
+        return emit(node, args)
+
+    def _call_if_then_else(self, node, args) -> int:
+        """Only the side that is taken is computed: it may be the only one that may load."""
+        module = self.module
+        then, other, merge = module.new_id(), module.new_id(), module.new_id()
+        condition = self.expression(args[0])
+        module.do(Op.SELECTION_MERGE, merge, 0)
+        module.do(Op.BRANCH_CONDITIONAL, condition, then, other)
+        ends = []
+        for label, side in ((then, args[1]), (other, args[2])):
+            self.begin_block(label)
+            ends += [self.expression(side), self.block]
+            module.do(Op.BRANCH, merge)
+        self.begin_block(merge)
+        return module.value(Op.PHI, module.type(dtype_of(node)), *ends)
+
+    def begin_block(self, label: int) -> None:
+        self.module.do(Op.LABEL, label)
+        self.block = label
+
+    def _call_reinterpret(self, node, args) -> int:
+        source, target = dtype_of(args[0]), dtype_of(node)
+        value = self.expression(args[0])
+        if source == target:
+            return value
+        return self.module.value(Op.BITCAST, self.module.type(target), value)
+
+    def _call_large_uint_imm(self, node, args) -> int:
+        low, high = (int(arg.value) for arg in args)
+        return self.constant(dtype_of(node), high << 32 | low)
+
+    def _call_bitwise_not(self, node, args) -> int:
+        return self._logical(Op.NOT, node, args[0])
+
+    def _call_likely(self, node, args) -> int:
+        return self.expression(args[0])
+
+    _call_tvm_thread_invariant = _call_likely
+
+    def is_true(self, node) -> int:
+        """A condition, whatever integer it is."""
+        return self.converted(self.expression(node), dtype_of(node), BOOL)

@@ -1,0 +1,102 @@
+"""One lowered device function → one SPIR-V module, with what a launch has to know of it.
+
+Pointers are storage buffers of descriptor set 0, in their order; other arguments are push
+constants, eight bytes each: the interface of TVM's own Vulkan runtime.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from ..errors import TargetError
+from .expressions import EmitError, Memory, dtype_of
+from .module import INT32, DType
+from .opcodes import Capability, Decoration, Op, Storage
+from .statements import Statements
+
+_STORAGE_CAPABILITY = {8: Capability.STORAGE_BUFFER_8_BIT, 16: Capability.STORAGE_BUFFER_16_BIT}
+POD_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """arguments: the dtype of each, `handle` for a buffer; launch: TVM's tags of the grid's axes,
+    which follow the arguments of a call; storage_bits: the narrowest values in its buffers; spirv: the
+    words, little-endian."""
+
+    name: str
+    arguments: tuple[str, ...]
+    launch: tuple[str, ...]
+    workgroup: tuple[int, int, int]
+    shared_bytes: int
+    storage_bits: int
+    spirv: bytes
+
+
+def emit_kernel(function: tirx.PrimFunc) -> Kernel:
+    """A device function as TVM's passes leave it. Raises TargetError, naming the kernel and the
+    node for which there is no SPIR-V."""
+    name = str(function.attrs["global_symbol"])
+    emitter = Statements()
+    try:
+        arguments = _declare(emitter, function.params)
+        emitter.statement(function.body)
+    except EmitError as err:
+        raise TargetError(f"vulkan: the kernel {name}: no SPIR-V for {err}") from None
+    workgroup = tuple(emitter.workgroup)
+    words = emitter.module.assemble(name, workgroup)
+    launch = tuple(str(tag) for tag in function.attrs["tirx.kernel_launch_params"])
+    spirv = struct.pack(f"<{len(words)}I", *words)
+    sizes = [m.dtype.bits for m in emitter.buffers.values() if m.in_block]
+    shared = emitter.shared_bytes
+    return Kernel(name, arguments, launch, workgroup, shared, min(sizes, default=32), spirv)
+
+
+def _declare(emitter: Statements, params) -> tuple[str, ...]:
+    arguments, pods = [], []
+    for param in params:
+        if type(param.ty).__name__ == "PointerType":
+            binding = arguments.count("handle")
+            emitter.buffers[hash(param)] = _storage_buffer(emitter, param, binding)
+            arguments.append("handle")
+        else:
+            pods.append(param)
+            arguments.append(str(param.ty.dtype))
+    if pods:
+        _push_constants(emitter, pods)
+    return tuple(arguments)
+
+
+def _storage_buffer(emitter: Statements, param, binding: int) -> Memory:
+    module, dtype = emitter.module, DType.parse(str(param.ty.element_type.dtype))
+    if dtype.kind == "bool" or dtype.lanes != 1:
+        raise EmitError(f"the argument {param.name}, a buffer of {param.ty.element_type.dtype}")
+    if dtype.bits in _STORAGE_CAPABILITY:
+        module.need(_STORAGE_CAPABILITY[dtype.bits])
+    array = module.new_type(Op.TYPE_RUNTIME_ARRAY, module.type(dtype))
+    module.decorate(array, Decoration.ARRAY_STRIDE, dtype.bits // 8)
+    block = module.new_type(Op.TYPE_STRUCT, array)
+    module.decorate(block, Decoration.BLOCK)
+    module.decorate_member(block, 0, Decoration.OFFSET, 0)
+    variable = module.global_variable(Storage.STORAGE_BUFFER, block)
+    module.decorate(variable, Decoration.DESCRIPTOR_SET, 0)
+    module.decorate(variable, Decoration.BINDING, binding)
+    return Memory(variable, Storage.STORAGE_BUFFER, dtype, True)
+
+
+def _push_constants(emitter: Statements, pods) -> None:
+    module = emitter.module
+    dtypes = [dtype_of(pod) for pod in pods]
+    block = module.new_type(Op.TYPE_STRUCT, *(module.type(dtype) for dtype in dtypes))
+    module.decorate(block, Decoration.BLOCK)
+    variable = module.global_variable(Storage.PUSH_CONSTANT, block)
+    for i, (pod, dtype) in enumerate(zip(pods, dtypes, strict=True)):
+        module.decorate_member(block, i, Decoration.OFFSET, POD_BYTES * i)
+        result = module.type(dtype)
+        pointer = module.pointer(Storage.PUSH_CONSTANT, result)
+        member = module.constant(INT32, i)
+        found = module.entry_value(Op.ACCESS_CHAIN, pointer, variable, member)
+        emitter.values[hash(pod)] = module.entry_value(Op.LOAD, result, found)
