@@ -1,0 +1,113 @@
+"""The GPU kernels, as the model asks for them: one set for CUDA, Metal and Vulkan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from tvm import tirx
+
+from ..layout import KV_BLOCK
+from ..low_rank import LowRank
+from ..weight_format import WeightFormat
+from . import layout
+from .activation import silu_mul
+from .copy import copy_slots
+from .embedding import embedding, last_row, take_rows
+from .expand import expand
+from .limits import GpuLimits
+from .linear import linear
+from .norm import rms_norm
+from .rope import rope_append, rope_table
+from .shrink import shrink
+
+
+@dataclass(frozen=True)
+class GpuKernels:
+    """Builds PrimFuncs; activations are `dtype` between kernels, sums float32 inside them."""
+
+    dtype: str
+    limits: GpuLimits = GpuLimits()
+
+    weight_layout = "gpu"  # layout.py
+    kv_block = KV_BLOCK
+
+    @property
+    def activation_dtype(self) -> str:
+        return self.dtype
+
+    def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Shape of a linear's (or the embedding's) weight as the kernels read it."""
+        return out_features, in_features
+
+    def pack_weight(self, weight: np.ndarray) -> np.ndarray:
+        """`[out, in]` → the array of `weight_shape`."""
+        return np.ascontiguousarray(weight)
+
+    def group_shapes(
+        self, out_features: int, in_features: int, bits: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a group-quantized weight as the kernels read it: q (uint32), scale."""
+        return layout.group_shapes(out_features, in_features, bits)
+
+    def pack_groups(
+        self, q: np.ndarray, scale: np.ndarray, bits: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """q `[out, in]` uint8, scale `[out, groups]` → the arrays of `group_shapes`."""
+        return layout.pack_groups(q, bits), np.ascontiguousarray(scale)
+
+    @cache  # noqa: B019 (frozen and few: one per compile)
+    def embedding(self, vocab_size: int, hidden_size: int, kind: WeightFormat) -> tirx.PrimFunc:
+        return embedding(self.limits, vocab_size, hidden_size, kind, self.dtype)
+
+    @cache  # noqa: B019
+    def take_rows(self, features: int, dtype: str | None = None) -> tirx.PrimFunc:
+        return take_rows(self.limits, features, dtype or self.dtype)
+
+    @cache  # noqa: B019
+    def last_row(self, features: int, dtype: str | None = None) -> tirx.PrimFunc:
+        return last_row(self.limits, features, dtype or self.dtype)
+
+    @cache  # noqa: B019
+    def linear(
+        self,
+        out_features: int,
+        in_features: int,
+        kind: WeightFormat,
+        residual: bool,
+        out_dtype: str | None = None,
+    ) -> tirx.PrimFunc:
+        dtypes = (self.dtype, out_dtype or self.dtype)
+        return linear(self.limits, out_features, in_features, kind, residual, *dtypes)
+
+    @cache  # noqa: B019
+    def shrink(self, in_features: int, low_rank: LowRank) -> tirx.PrimFunc:
+        return shrink(self.limits, in_features, low_rank, self.dtype)
+
+    @cache  # noqa: B019
+    def expand(self, out_features: int, low_rank: LowRank) -> tirx.PrimFunc:
+        return expand(self.limits, out_features, low_rank, self.dtype)
+
+    @cache  # noqa: B019
+    def rms_norm(self, hidden_size: int, eps: float) -> tirx.PrimFunc:
+        return rms_norm(self.limits, hidden_size, eps, self.dtype)
+
+    @cache  # noqa: B019
+    def silu_mul(self, intermediate_size: int) -> tirx.PrimFunc:
+        return silu_mul(self.limits, intermediate_size, self.dtype)
+
+    @cache  # noqa: B019
+    def rope_table(self, rotary_dim: int, attention_factor: float) -> tirx.PrimFunc:
+        return rope_table(self.limits, rotary_dim, attention_factor)
+
+    @cache  # noqa: B019
+    def rope_append(
+        self, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, kv_dtype: str
+    ) -> tirx.PrimFunc:
+        shape = (heads, kv_heads, head_dim, rotary_dim)
+        return rope_append(self.limits, *shape, kv_dtype, self.dtype)
+
+    @cache  # noqa: B019
+    def copy_slots(self, kv_heads: int, head_dim: int, kv_dtype: str) -> tirx.PrimFunc:
+        return copy_slots(self.limits, kv_heads, head_dim, kv_dtype)

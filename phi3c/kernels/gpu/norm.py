@@ -1,0 +1,47 @@
+"""RMSNorm in float32 (Zhang & Sennrich 2019; config field rms_norm_eps)."""
+
+from tvm.script import tirx as T
+
+from ..root import hand_scheduled
+from .limits import GpuLimits
+
+
+def rms_norm(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
+    """x `[n, hidden]` dtype, weight `[hidden]` f32 → x / sqrt(mean(x²) + eps) · weight, dtype.
+
+    A workgroup has a row.
+    """
+    threads = limits.threads
+    steps = -(-hidden_size // threads)
+
+    @T.prim_func(private=True, s_tir=True)
+    def func(x: T.handle, weight: T.handle, out: T.handle):
+        n = T.int64()
+        X = T.match_buffer(x, (n, hidden_size), dtype)
+        W = T.match_buffer(weight, (hidden_size,), "float32")
+        O = T.match_buffer(out, (n, hidden_size), dtype)
+        for i in T.thread_binding(n, thread="blockIdx.x"):
+            for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                part = T.alloc_buffer((1,), "float32", scope="local")
+                total = T.alloc_buffer((1,), "float32", scope="local")
+                part[0] = T.float32(0)
+                for j in T.serial(steps):
+                    if j * threads + tx < hidden_size:
+                        value: T.let = T.Cast("float32", X[i, j * threads + tx])
+                        part[0] += value * value
+                with T.attr(
+                    T.comm_reducer(lambda a, b: a + b, [T.float32(0)]),
+                    "reduce_scope",
+                    T.reinterpret("handle", T.uint64(0)),
+                ):
+                    T.tvm_thread_allreduce(T.uint32(1), part[0], True, total[0], tx)
+                inverse = T.alloc_buffer((1,), "float32", scope="local")
+                inverse[0] = T.float32(1) / T.sqrt(
+                    total[0] * T.float32(1 / hidden_size) + T.float32(eps)
+                )
+                for j in T.serial(steps):
+                    k = T.meta_var(j * threads + tx)
+                    if k < hidden_size:
+                        O[i, k] = T.Cast(dtype, T.Cast("float32", X[i, k]) * inverse[0] * W[k])
+
+    return hand_scheduled(func)
