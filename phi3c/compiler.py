@@ -25,7 +25,7 @@ from .manifest import DeviceNeeds, FunctionInfo, KVLayout, Limits, Manifest, Tar
 from .model.phi3 import Phi3ForCausalLM
 from .output_folder import check_output, new_folder
 from .passes.workspace import workspace_bytes
-from .pipeline import apply, finalize_passes, plan_passes
+from .pipeline import apply, finalize_passes, kernel_lowering, plan_passes
 from .quantization.scheme import Scheme, parse_scheme
 from .sources import resolve_source
 from .targets import Target, parse_target
@@ -156,7 +156,7 @@ def compile_library(
         mod = apply(plan_passes(bounds), mod)
         workspace = workspace_bytes(mod)
         mod = apply(finalize_passes(), mod)
-    with device_code(place) as needs:
+    with device_code(place) as needs, kernel_lowering(place.device):
         executable = relax.build(mod, target=place.tvm_target, relax_pipeline=None)
         executable.export_library(str(path), fcompile=link)
     return Library(model, spec, workspace, needs())

@@ -45,6 +45,16 @@ def finalize_passes() -> list[Pass]:
     ]
 
 
+def kernel_lowering(device: str) -> tvm.transform.PassContext:
+    """How TVM lowers the kernels of a device.
+
+    On a GPU memory is not reused between a kernel's buffers: what TVM gives a sum over threads is
+    shared memory in the end, which a later local buffer of one thread would be put into.
+    """
+    config = {} if device == "cpu" else {"tirx.disable_storage_rewrite": True}
+    return tvm.transform.PassContext(opt_level=3, config=config)
+
+
 def apply(passes: Sequence[Pass], mod: tvm.IRModule) -> tvm.IRModule:
     """Runs the passes in order."""
     for one in passes:

@@ -105,7 +105,7 @@ def verify(
         raise CheckpointError(
             f"{against}: its config is not the artifact's: {_difference(source.config, config)}"
         )
-    scheme = parse_scheme(artifact.manifest.quantization)
+    scheme = parse_scheme(artifact.manifest.quantization).on(artifact.manifest.target.device)
     name, logits = _oracle(oracle, source, scheme)
     tolerance = scheme.tolerance
     sequence = SingleSequence(load(path, threads=threads))

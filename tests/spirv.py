@@ -9,6 +9,7 @@ import tvm
 from tvm import tirx
 
 from phi3c.kernels.root import hand_scheduled
+from phi3c.pipeline import kernel_lowering
 from phi3c.spirv.codegen import emit
 from phi3c.spirv.kernel import Kernel
 from phi3c.targets import parse_target
@@ -23,7 +24,7 @@ def lowered(function: tirx.PrimFunc) -> tvm.IRModule:
     module = tvm.IRModule({"main": function})
     module = tirx.transform.BindTarget(target)(module)
     pipeline, _, finalize = tvm.s_tir.pipeline.default_s_tir_pipeline()
-    with target:
+    with target, kernel_lowering("vulkan"):
         module = pipeline(module)
         on_device = tirx.transform.Filter(lambda f: f.attrs["target"].kind.name == "vulkan")
         return finalize()(on_device(module))

@@ -10,6 +10,7 @@ import tvm
 
 from phi3c.errors import DeviceError
 from phi3c.kernels.root import hand_scheduled
+from phi3c.pipeline import kernel_lowering
 from phi3c.spirv.codegen import register
 from phi3c.targets import parse_target
 from phi3c.vulkan import devices, load_runtime
@@ -31,7 +32,9 @@ def built(function) -> tvm.runtime.Module:
     load_runtime()
     register()
     function = function.with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": function}), target=parse_target("vulkan").tvm_target)
+    module, target = tvm.IRModule({"main": function}), parse_target("vulkan").tvm_target
+    with kernel_lowering("vulkan"):
+        return tvm.compile(module, target=target)
 
 
 def run(function, arrays: list[np.ndarray], shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -14,11 +14,13 @@ from ..weight_format import WeightFormat
 from . import layout
 from .activation import silu_mul
 from .copy import copy_slots
+from .decode_attention import decode_attention
 from .embedding import embedding, last_row, take_rows
 from .expand import expand
 from .limits import GpuLimits
 from .linear import linear
 from .norm import rms_norm
+from .prefill_attention import prefill_attention
 from .rope import rope_append, rope_table
 from .shrink import shrink
 
@@ -36,6 +38,9 @@ class GpuKernels:
     @property
     def activation_dtype(self) -> str:
         return self.dtype
+
+    def with_activations(self, dtype: str) -> GpuKernels:
+        return replace(self, dtype=dtype)
 
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of a linear's (or the embedding's) weight as the kernels read it."""
@@ -107,6 +112,18 @@ class GpuKernels:
     ) -> tirx.PrimFunc:
         shape = (heads, kv_heads, head_dim, rotary_dim)
         return rope_append(self.limits, *shape, kv_dtype, self.dtype)
+
+    @cache  # noqa: B019
+    def decode_attention(
+        self, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, window: int | None
+    ) -> tirx.PrimFunc:
+        return decode_attention(self.dtype, heads, kv_heads, head_dim, kv_dtype, window)
+
+    @cache  # noqa: B019
+    def prefill_attention(
+        self, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, window: int | None
+    ) -> tirx.PrimFunc:
+        return prefill_attention(self.dtype, heads, kv_heads, head_dim, kv_dtype, window)
 
     @cache  # noqa: B019
     def copy_slots(self, kv_heads: int, head_dim: int, kv_dtype: str) -> tirx.PrimFunc:
