@@ -225,11 +225,24 @@ def _verify(args: argparse.Namespace) -> int:
             Path(args.artifact).expanduser(),
             args.against,
             oracle=args.oracle,
+            device=args.device,
             threads=args.threads,
             progress=progress,
         )
     print(json.dumps(asdict(report) | {"ok": report.ok}) if args.json else render_report(report))
     return 0 if report.ok else 1
+
+
+def _targets(args: argparse.Namespace) -> int:
+    from .describe import render_readiness
+    from .readiness import readiness
+
+    found = readiness()
+    if args.json:
+        print(json.dumps([asdict(one) for one in found]))
+    else:
+        print(render_readiness(found))
+    return 0
 
 
 def _converted_scheme(args: argparse.Namespace) -> dict[str, str]:
@@ -254,7 +267,7 @@ def _bench(args: argparse.Namespace) -> int:
     asked = [n for given in (args.prefill, args.decode, args.batch_decode) for n in given or ()]
     if min([args.samples, args.batch, *asked]) < 1:
         raise InputError("bench: found a number below 1; accepted: positive numbers")
-    model = load(Path(args.artifact).expanduser(), threads=args.threads)
+    model = load(Path(args.artifact).expanduser(), args.device, args.threads)
     if args.engine:
         return _bench_engine(args, model)
     works = []
@@ -341,7 +354,7 @@ def _engine(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Eng
         speculation = DraftModel(load(Path(args.draft).expanduser(), threads=threads))
     if not _is_artifact(folder):
         folder = _compiled(args, folder)
-    model = load(folder, threads=threads)
+    model = load(folder, args.device, threads)
     page_size = 16
     room = sequence_cache_tokens(model.manifest, page_size)
     return Engine(model, tokenizer, room, page_size, speculation=speculation)
@@ -581,6 +594,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("artifact", help="artifact folder")
     made.add_argument("--max-total-seq-len", type=int, metavar="N", help="KV bytes for N tokens")
 
+    command("targets", _targets, "what this installation can compile for and run on")
+
     made = command("bench", _bench, "time an artifact, beside what this machine can do at best")
     made.add_argument("artifact", help="artifact folder")
     for name, default, what in (
@@ -592,7 +607,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(name, type=_numbers, metavar="N,…", help=text)
     made.add_argument("--batch", type=int, default=8, metavar="N", help="sequences (8)")
     made.add_argument("--samples", type=int, default=7, metavar="N", help="runs of each (7)")
-    made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
+    _add_device_options(made)
     made.add_argument("--profile", action="store_true", help="the time by kernel as well")
     made.add_argument(
         "--engine",
@@ -628,7 +643,7 @@ def _parser() -> argparse.ArgumentParser:
         "--integrity", action="store_true", help="every file is what was written (sha256)"
     )
     made.add_argument("--oracle", help="transformers or numpy (transformers if installed)")
-    made.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
+    _add_device_options(made)
     return parser
 
 
@@ -646,9 +661,14 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
+    parser.add_argument("--device", help="one that `phi3c targets` lists (the target's first)")
+
+
 def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("compilation (defaults in brackets)")
-    group.add_argument("--target", help="cpu or cpu:<mcpu>[:<triple>] (cpu, this machine's)")
+    group.add_argument("--target", help="cpu, cpu:<mcpu>[:<triple>] or vulkan (cpu, this machine's)")
     group.add_argument("--quantization", metavar="SCHEME", help="weight scheme (q4f16_1)")
     group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (8)")
     group.add_argument("--context-length", type=int, metavar="N", help="tokens (at most 4096)")
@@ -660,7 +680,7 @@ def _add_compile_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="artifact, or checkpoint folder or repo id to compile")
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (physical cores)")
+    _add_device_options(parser)
     parser.add_argument("--cache-dir", metavar="DIR", help="of artifacts (~/.cache/phi3c)")
     group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="(until the context is full)")

@@ -12,6 +12,7 @@ from .weights import checkpoint_shapes
 
 if TYPE_CHECKING:
     from .engine.answer import Answer
+    from .readiness import Readiness
     from .verify import Report
 
 
@@ -165,3 +166,17 @@ def human_size(size: int | None) -> str:
         value /= 1024
         units.pop(0)
     return f"{value:.1f} {units[0]}" if units[0] != "bytes" else f"{size} bytes"
+
+
+def render_readiness(found: list[Readiness]) -> str:
+    """A line for each target, its devices and what is missing below it."""
+    lines = []
+    for one in found:
+        can = [
+            f"{verb}: {'yes' if yes else 'no'}"
+            for verb, yes in (("compiles", one.lowers and one.links), ("runs", bool(one.devices)))
+        ]
+        lines.append(f"{one.target:8} {'  '.join(can)}")
+        lines += [f"         {device}" for device in one.devices]
+        lines += [f"         missing: {what}" for what in one.missing]
+    return "\n".join(lines)

@@ -88,6 +88,7 @@ def verify(
     against: str | Path,
     oracle: str | None = None,
     seed: int = 0,
+    device: str | None = None,
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
@@ -108,7 +109,7 @@ def verify(
     scheme = parse_scheme(artifact.manifest.quantization).on(artifact.manifest.target.device)
     name, logits = _oracle(oracle, source, scheme)
     tolerance = scheme.tolerance
-    sequence = SingleSequence(load(path, threads=threads))
+    sequence = SingleSequence(load(path, device, threads))
     rng = np.random.default_rng(seed)
     plan = list(_plan(artifact))
     checks = []

@@ -20,8 +20,8 @@ from ..errors import ArtifactError, InputError
 from ..manifest import Manifest
 from ..memory import default_cache_tokens, memory
 from .adapter_pools import AdapterPools
-from .device import open_device, parameter_on
-from .host import check_cpu, check_memory
+from .device import RunDevice, open_device
+from .host import check_cpu
 from .kv_cache import PagedKVCache
 from .loaded_adapters import Adapter, LoadedAdapters
 from .threads import ThreadPool, check_threads
@@ -46,7 +46,7 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     parts = {"weights": needed.weights, "workspace": needed.workspace}
     if needed.adapters:
         parts["adapters"] = needed.adapters
-    check_memory(str(path), parts)
+    place.check_memory(str(path), parts)
     artifact.check_library()
     return CompiledPhi3(artifact, threads, place)
 
@@ -59,7 +59,7 @@ class CompiledPhi3:
     Python threads at once; load the artifact twice for that, which shares weights and threads.
     """
 
-    def __init__(self, artifact: Artifact, threads: int, device: tvm.runtime.Device):
+    def __init__(self, artifact: Artifact, threads: int, device: RunDevice):
         self.artifact = artifact
         self.threads = threads
         self._device = device
@@ -71,16 +71,14 @@ class CompiledPhi3:
             raise ArtifactError(f"{artifact.library}: cannot be loaded: {reason}") from None
         self._pool = ThreadPool(artifact.library)
         weakref.finalize(self, self._pool.end)
-        self._vm = VirtualMachine(library, self._device)
+        self._vm = VirtualMachine(library, device.tvm)
         self._functions = {name: self._vm[name] for name in self.manifest.functions}
         self._parameters = tvm.runtime.convert(
-            [parameter_on(device, array) for array in self._mapped.values()]
+            [device.parameter(array) for array in self._mapped.values()]
         )
-        if device.type != "cpu":
-            self._mapped = {}  # copied
 
         layout = self.manifest.adapters
-        self.adapter_pools = layout and AdapterPools(layout, self.config, self._device)
+        self.adapter_pools = layout and AdapterPools(layout, self.config, device.tvm)
         self._adapters = LoadedAdapters(self.config, layout, self.adapter_pools)
 
     @property
@@ -286,7 +284,7 @@ class CompiledPhi3:
         args = [inputs[spec.name] for spec in info.inputs]
         # Copied: kernels may load whole vectors, so their inputs must be aligned as TVM aligns.
         args = [
-            a if isinstance(a, Tensor) else tvm.runtime.tensor(a, self._device) for a in args
+            a if isinstance(a, Tensor) else tvm.runtime.tensor(a, self._device.tvm) for a in args
         ]
         if info.takes_pages:
             args.append(pages)
@@ -322,7 +320,7 @@ class CompiledPhi3:
         tensor = value
         if not isinstance(value, Tensor):
             array = np.ascontiguousarray(value, spec.dtype)
-            tensor = tvm.runtime.tensor(array, self._device)
+            tensor = tvm.runtime.tensor(array, self._device.tvm)
         shape, hidden = tuple(tensor.shape), spec.shape[-1]
         rows = int(np.prod(shape[:-1]))
         n = rows if n is None else n

@@ -3,18 +3,81 @@
 from __future__ import annotations
 
 import re
+from typing import Protocol
 
 import numpy as np
 import tvm
 
 from ..artifact import Artifact
-from ..errors import DeviceError, TargetError
+from ..errors import DeviceError, OutOfMemoryError, TargetError
 from ..manifest import Manifest
 from ..memory import in_units
 from ..tensor_file import tensor_bytes
+from ..vulkan import VulkanDevice, check_device, devices, statistics
+from .host import check_memory
 
 
-def open_device(artifact: Artifact, name: str | None) -> tvm.runtime.Device:
+class RunDevice(Protocol):
+    """tvm: as TVM names it."""
+
+    tvm: tvm.runtime.Device
+
+    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
+        """A mapped parameter, for kernels."""
+
+    def check_memory(self, what: str, parts: dict[str, int]) -> None:
+        """Raises OutOfMemoryError if `parts` (name → bytes) do not fit now."""
+
+    def check_buffer(self, what: str, size: int) -> None:
+        """Raises DeviceError if a kernel cannot be given a tensor of so many bytes."""
+
+
+class HostCpu:
+    """The CPU: parameters stay where they are mapped, tensors have any size."""
+
+    tvm = tvm.cpu()
+
+    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
+        return tvm.runtime.from_dlpack(array)
+
+    def check_memory(self, what: str, parts: dict[str, int]) -> None:
+        check_memory(what, parts)
+
+    def check_buffer(self, what: str, size: int) -> None:
+        pass
+
+
+class VulkanGpu:
+    """A device with Vulkan: parameters are copied there, one at a time."""
+
+    def __init__(self, found: VulkanDevice):
+        self._found = found
+        self.tvm = tvm.vulkan(found.index)
+
+    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
+        return tvm.runtime.tensor(array, self.tvm)
+
+    def check_memory(self, what: str, parts: dict[str, int]) -> None:
+        needed = sum(parts.values())
+        available = self._found.memory_bytes - statistics(self._found.index).bytes_in_use
+        if needed > available:
+            detail = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
+            raise OutOfMemoryError(
+                f"{what}: needs {in_units(needed)} of memory ({detail}); found "
+                f"{in_units(max(0, available))} available on {self._found}"
+            )
+
+    def check_buffer(self, what: str, size: int) -> None:
+        """Kernels count the elements of a buffer in 32 bits, but a driver may allow fewer bytes."""
+        most = min(self._found.max_storage_buffer_range, self._found.max_allocation)
+        if size > most:
+            raise DeviceError(
+                f"{what}: found {in_units(size)}; accepted: up to {in_units(most)}, what "
+                f"{self._found} takes as one buffer"
+            )
+
+
+def open_device(artifact: Artifact, name: str | None) -> RunDevice:
     """name: `cpu`, `vulkan` or `vulkan:<index>`; None: the artifact's own kind, the first of it.
 
     Raises TargetError for another kind, and DeviceError where there is no such device, or it lacks
@@ -22,52 +85,31 @@ def open_device(artifact: Artifact, name: str | None) -> tvm.runtime.Device:
     """
     kind = artifact.manifest.target.device
     accepted = "cpu, or None" if kind == "cpu" else f"{kind}, {kind}:<index>, or None"
-    match = re.fullmatch(r"(\w+?)(?::(\d+))?", name or kind)
+    match = re.fullmatch(r"([a-z]+)(?::(\d+))?", str(name or kind))
     if match is None or match[1] != kind or (kind == "cpu" and match[2]):
         raise TargetError(
             f"device: found {name!r}; accepted: {accepted}, as {artifact.path} was compiled for "
             f"{artifact.manifest.target.name}"
         )
-    if kind == "cpu":
-        return tvm.cpu()
-    return _open_vulkan(artifact, int(match[2] or 0))
+    return HostCpu() if kind == "cpu" else _open_vulkan(artifact.manifest, int(match[2] or 0))
 
 
-def _open_vulkan(artifact: Artifact, index: int) -> tvm.runtime.Device:
-    from ..vulkan import check_device, devices
-
+def _open_vulkan(manifest: Manifest, index: int) -> VulkanGpu:
     found = devices()
     if index >= len(found):
-        there = ", ".join(map(str, found)) or "none"
+        there = ", ".join(map(str, found)) or "none, as no driver is installed"
         raise DeviceError(
-            f"device: found vulkan:{index}; accepted: one that is there, which are: {there} "
-            "(Debian: apt install mesa-vulkan-drivers)"
+            f"device: found vulkan:{index}; accepted: one that is there: {there} (a driver for "
+            "CPUs, on Debian: apt install mesa-vulkan-drivers)"
         )
-    needs, manifest = artifact.manifest.target.needs, artifact.manifest
+    needs = manifest.target.needs
     check_device(
         found[index],
         shared_memory=needs.shared_bytes,
         workgroup_invocations=needs.threads,
         push_constants=needs.argument_bytes,
     )
-    _check_parameters(manifest, found[index])
-    return tvm.vulkan(index)
-
-
-def _check_parameters(manifest: Manifest, device) -> None:
-    """A kernel sees a parameter as one buffer."""
-    sizes = {info.name: tensor_bytes(info.shape, info.dtype) for info in manifest.parameters}
-    name, size = max(sizes.items(), key=lambda item: item[1])
-    most = device.max_storage_buffer_range
-    if size > most:
-        raise DeviceError(
-            f"{device}: {name} has {in_units(size)}; it accepts buffers of {in_units(most)}: "
-            "use a quantization with fewer bits"
-        )
-
-
-def parameter_on(device: tvm.runtime.Device, array: np.ndarray) -> tvm.runtime.Tensor:
-    """A mapped parameter: itself on the CPU, a copy elsewhere."""
-    if device.type == "cpu":
-        return tvm.runtime.from_dlpack(array)
-    return tvm.runtime.tensor(array, device)
+    device = VulkanGpu(found[index])
+    for info in manifest.parameters:
+        device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
+    return device

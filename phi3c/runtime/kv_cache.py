@@ -15,7 +15,8 @@ import tvm
 from ..errors import InputError, SequenceError
 from ..manifest import Manifest
 from ..memory import kv_bytes, memory
-from .host import check_memory
+from ..tensor_file import tensor_bytes
+from .device import RunDevice
 from .page_table import Append, Copy, PageTable
 
 CopySlots = Callable[[np.ndarray, np.ndarray, object], None]
@@ -27,7 +28,7 @@ class PagedKVCache:
     def __init__(
         self,
         manifest: Manifest,
-        device: tvm.runtime.Device,
+        device: RunDevice,
         copy_slots: CopySlots,
         max_batch_size: int,
         max_total_seq_len: int,
@@ -52,7 +53,7 @@ class PagedKVCache:
         parts = {"pages": kv_bytes(layout, max_total_seq_len, page_size), "weights": need.weights}
         parts |= {"workspace": need.workspace, "adapters": need.adapters}
         parts = {name: size for name, size in parts.items() if size or name != "adapters"}
-        check_memory(f"KV cache for {max_total_seq_len} tokens", parts)
+        device.check_memory(f"KV cache for {max_total_seq_len} tokens", parts)
         num_pages = -(-max_total_seq_len // page_size)
         self._table = PageTable(
             config, num_pages, page_size, max_batch_size, prefill_chunk_size, limits.context_length
@@ -64,9 +65,11 @@ class PagedKVCache:
         self._max_loras = manifest.adapters.max_loras if manifest.adapters else 0
         self._token_slot: np.ndarray | None = None
         shape = (num_pages * self._blocks_per_page, *layout.page_shape)
+        what = f"a layer's pages for {max_total_seq_len} tokens"
+        device.check_buffer(what, tensor_bytes(shape, layout.dtype))
         # Not zeroed: the kernels never use a slot that no token was written to.
         self.pages = tvm.runtime.convert(
-            [tvm.runtime.empty(shape, layout.dtype, device) for _ in range(layout.layers)]
+            [tvm.runtime.empty(shape, layout.dtype, device.tvm) for _ in range(layout.layers)]
         )
 
     # Sequences

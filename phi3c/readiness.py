@@ -1,0 +1,63 @@
+"""What this installation can do for each kind of target: lower, link, run; and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import DeviceError, TargetError
+from .linker import find_linker
+from .targets import parse_target
+from .vulkan import devices, load_runtime
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """lowers: kernels can be compiled for the target; links: their library can be linked; devices:
+    those here that can run it; missing: what stands in the way, and how to get it."""
+
+    target: str
+    lowers: bool
+    links: bool
+    devices: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def readiness() -> list[Readiness]:
+    """Of every kind of target."""
+    return [_cpu(), _vulkan()]
+
+
+def _cpu() -> Readiness:
+    missing: list[str] = []
+    links = _works(lambda: find_linker(parse_target("cpu")), missing)
+    host = parse_target("cpu")
+    return Readiness("cpu", True, links, (f"{host.mcpu} ({host.mtriple})",), tuple(missing))
+
+
+def _vulkan() -> Readiness:
+    missing: list[str] = []
+    lowers = _works(load_runtime, missing)
+    links = _works(lambda: find_linker(parse_target("vulkan")), missing)
+    found: list[str] = []
+
+    def look() -> None:
+        found.extend(str(device) for device in devices())
+        if not found:
+            raise DeviceError(
+                "vulkan: found no device; a GPU's driver brings one, and for the CPU (slow, for "
+                "tests) Debian's apt install mesa-vulkan-drivers"
+            )
+
+    if lowers:
+        _works(look, missing)
+    return Readiness("vulkan", lowers, links, tuple(found), tuple(dict.fromkeys(missing)))
+
+
+def _works(action: Callable[[], object], missing: list[str]) -> bool:
+    try:
+        action()
+    except (DeviceError, TargetError) as error:
+        missing.append(str(error))
+        return False
+    return True
