@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,13 +77,12 @@ def kernel_seconds(
     model: CompiledPhi3, work: Work, samples: int, seed: int = 0
 ) -> dict[str, tuple[float, int]]:
     """Kernel → (seconds, calls) of one run, the mean of `samples`; timing each costs some time."""
-    total: dict[str, list[float]] = defaultdict(list)
     runs = _runs(model, work, samples + 1, seed)
     next(runs)
-    with model.instrumented(lambda name, spent: total[name].append(spent)):
+    with model.kernel_times() as times:
         for _ in runs:
             pass
-    return {name: (sum(t) / samples, round(len(t) / samples)) for name, t in total.items()}
+    return {n: (t.seconds / samples, round(t.count / samples)) for n, t in times.items()}
 
 
 def fits(manifest: Manifest, work: Work, samples: int) -> bool:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import numpy as np
 import tvm
+from tvm.runtime.vm import VirtualMachine
 
 from ..artifact import Artifact
 from ..errors import DeviceError, OutOfMemoryError, TargetError
 from ..manifest import Manifest
 from ..memory import in_units
 from ..tensor_file import tensor_bytes
-from ..vulkan import VulkanDevice, check_device, devices, statistics
+from ..vulkan import KernelTime, VulkanDevice, check_device, devices, profiled, statistics
 from .host import check_memory
 
 
@@ -31,6 +36,9 @@ class RunDevice(Protocol):
     def check_buffer(self, what: str, size: int) -> None:
         """Raises DeviceError if a kernel cannot be given a tensor of so many bytes."""
 
+    def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
+        """Times what `vm` runs inside; filled at the end."""
+
 
 class HostCpu:
     """The CPU: parameters stay where they are mapped, tensors have any size."""
@@ -45,6 +53,25 @@ class HostCpu:
 
     def check_buffer(self, what: str, size: int) -> None:
         pass
+
+    @contextmanager
+    def kernel_times(self, vm: VirtualMachine) -> Iterator[dict[str, KernelTime]]:
+        started: list[float] = []
+        spent: dict[str, list[float]] = defaultdict(list)
+
+        def instrument(function, name: str, before: bool, result, *args) -> None:
+            if before:
+                started.append(time.perf_counter())
+            else:
+                spent[name].append(time.perf_counter() - started.pop())
+
+        times: dict[str, KernelTime] = {}
+        vm.set_instrument(instrument)
+        try:
+            yield times
+        finally:
+            vm.set_instrument(lambda *_: None)
+            times |= {name: KernelTime(len(each), sum(each)) for name, each in spent.items()}
 
 
 class VulkanGpu:
@@ -75,6 +102,9 @@ class VulkanGpu:
                 f"{what}: found {in_units(size)}; accepted: up to {in_units(most)}, what "
                 f"{self._found} takes as one buffer"
             )
+
+    def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
+        return profiled(self._found.index)
 
 
 def open_device(artifact: Artifact, name: str | None) -> RunDevice:
