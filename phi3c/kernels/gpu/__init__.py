@@ -14,11 +14,13 @@ from ..weight_format import WeightFormat
 from . import layout
 from .activation import silu_mul
 from .copy import copy_slots
+from .decode_attention import decode_attention
 from .embedding import embedding, last_row, take_rows
 from .expand import expand
 from .limits import GpuLimits
 from .linear import linear
 from .norm import rms_norm
+from .prefill_attention import prefill_attention
 from .rope import rope_append, rope_table
 from .shrink import shrink
 
@@ -107,6 +109,18 @@ class GpuKernels:
     ) -> tirx.PrimFunc:
         shape = (heads, kv_heads, head_dim, rotary_dim)
         return rope_append(self.limits, *shape, kv_dtype, self.dtype)
+
+    @cache  # noqa: B019
+    def decode_attention(
+        self, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, window: int | None
+    ) -> tirx.PrimFunc:
+        return decode_attention(self.dtype, heads, kv_heads, head_dim, kv_dtype, window)
+
+    @cache  # noqa: B019
+    def prefill_attention(
+        self, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, window: int | None
+    ) -> tirx.PrimFunc:
+        return prefill_attention(self.dtype, heads, kv_heads, head_dim, kv_dtype, window)
 
     @cache  # noqa: B019
     def copy_slots(self, kv_heads: int, head_dim: int, kv_dtype: str) -> tirx.PrimFunc:

@@ -47,9 +47,7 @@ def decode_attention(
         """Keys 0 … n_keys − 1 from the block that is listed at `at`, the first at `start`."""
         for i in T.serial((own * head_dim + THREADS - 1) // THREADS):
             if i * THREADS + tx < own * head_dim:
-                QS[i * THREADS + tx] = T.Cast(
-                    "float32", Q[b, first * head_dim + i * THREADS + tx]
-                )
+                QS[i * THREADS + tx] = T.Cast("float32", Q[b, first * head_dim + i * THREADS + tx])
         score = T.alloc_buffer((rounds * own,), "float32", scope="local")
         mine = T.alloc_buffer((own,), "float32", scope="local")
         for r in T.unroll(rounds):

@@ -229,9 +229,7 @@ def prefill_attention(
                                 slot, new, end, START[b] + slot, QI, POS, ENTER, LEAVE, b, key
                             )  # fmt: skip
                             seen: T.let = slot < end
-                            block: T.let = T.if_then_else(
-                                seen, B[BI[b] + slot // KV_BLOCK], 0
-                            )
+                            block: T.let = T.if_then_else(seen, B[BI[b] + slot // KV_BLOCK], 0)
                             scores(
                                 K, QS, S, QP, QE, key, seen, block, h // group,
                                 column % KV_BLOCK, column, flat // KEYS,
