@@ -1,4 +1,4 @@
-"""Slow twins of the CPU kernels: numpy, float64, one token at a time.
+"""Slow twins of the kernels: numpy, float64, one token at a time.
 
 They read and write the memory layouts by indexing, and share no code with phi3c.kernels.
 Legend: n = tokens, pages `[blocks, 2, kv_heads, head_dim·16]`, a slot is block·16 + offset.
@@ -27,8 +27,30 @@ def embedding(ids: np.ndarray, panels: np.ndarray) -> np.ndarray:
 
 
 def linear(x, panels, out_features: int, residual=None) -> np.ndarray:
-    y = x.astype(np.float64) @ unpacked(panels, out_features).T
+    return row_major_linear(x, unpacked(panels, out_features), residual)
+
+
+def row_major_linear(x, weight, residual=None) -> np.ndarray:
+    """Of a weight `[out, in]`."""
+    y = x.astype(np.float64) @ weight.astype(np.float64).T
     return y if residual is None else y + residual
+
+
+def group_weight(words: np.ndarray, scale: np.ndarray, bits: int, zero: int) -> np.ndarray:
+    """`[out, in]` of a GPU's groups: words `[out, groups, bits]`, scale `[out, groups]`."""
+
+    def bit_field(word, index: int, width: int) -> int:
+        return int(word) >> index * width & (1 << width) - 1
+
+    def stored(group, k: int) -> int:
+        if bits == 3:
+            return bit_field(group[k // 16], k % 16, 2) | bit_field(group[2], k, 1) << 2
+        per_word = 32 // bits
+        return bit_field(group[k // per_word], k % per_word, bits)
+
+    out, groups, _ = words.shape
+    q = [[stored(words[o, k // 32], k % 32) for k in range(groups * 32)] for o in range(out)]
+    return (np.array(q, np.float64) - zero) * np.repeat(scale.astype(np.float64), 32, axis=1)
 
 
 # Rows
@@ -85,7 +107,8 @@ def rope_table(positions, factor_set, inv_freq, attention_factor: float) -> np.n
 def rotated(x: np.ndarray, table: np.ndarray) -> np.ndarray:
     """One head's vector: of its first `len(table)` dimensions, i turns with i + half."""
     half = len(table) // 2
-    y = x.astype(np.float64)
+    x = x.astype(np.float64)
+    y = x.copy()
     for i in range(half):
         cos, sin = float(table[i]), float(table[half + i])
         y[i] = x[i] * cos - x[half + i] * sin

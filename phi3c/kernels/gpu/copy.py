@@ -18,16 +18,15 @@ def copy_slots(limits: GpuLimits, kv_heads: int, head_dim: int, kv_dtype: str):
     features = kv_heads * head_dim
 
     @T.inline
-    def copy(P, S, D, n, feature, key_step, value_step):
-        # A feature of head h lies at h·head_dim·16 + key_step·i + value_step·offset of a half page.
+    def copy(P, S, D, n, feature, part, feature_step, token_step):
+        # Keys (part 0) lie [head_dim, 16], values (part 1) [16, head_dim].
         h = T.meta_var(feature // head_dim)
         i = T.meta_var(feature % head_dim)
-        part = 0 if value_step == 1 else 1
         for t in T.serial(n):
             s: T.let = S[t]
             d: T.let = D[t]
-            P[d // KV_BLOCK, part, h, i * key_step + d % KV_BLOCK * value_step] = P[
-                s // KV_BLOCK, part, h, i * key_step + s % KV_BLOCK * value_step
+            P[d // KV_BLOCK, part, h, i * feature_step + d % KV_BLOCK * token_step] = P[
+                s // KV_BLOCK, part, h, i * feature_step + s % KV_BLOCK * token_step
             ]
 
     @T.prim_func(private=True, s_tir=True)
@@ -40,7 +39,7 @@ def copy_slots(limits: GpuLimits, kv_heads: int, head_dim: int, kv_dtype: str):
         for bx in T.thread_binding((features + threads - 1) // threads, thread="blockIdx.x"):
             for tx in T.thread_binding(threads, thread="threadIdx.x"):
                 if bx * threads + tx < features:
-                    copy(P, S, D, n, bx * threads + tx, KV_BLOCK, 1)
-                    copy(P, S, D, n, bx * threads + tx, 1, head_dim)
+                    copy(P, S, D, n, bx * threads + tx, 0, KV_BLOCK, 1)
+                    copy(P, S, D, n, bx * threads + tx, 1, 1, head_dim)
 
     return hand_scheduled(func)

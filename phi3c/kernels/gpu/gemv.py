@@ -10,12 +10,10 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from .limits import LANES, GpuLimits
+from .sums import PITCH, lanes_sum
 from .weight import VECTOR, WeightReader
 
 _OUTS = 2  # output rows of a thread, which share what it reads of x
-# A sum's parts in shared memory: one more than lanes, so that threads that read one sum each meet
-# no two in a bank. (One-dimensional: TVM takes the padding out of a two-dimensional buffer.)
-_PITCH = LANES + 1
 
 
 def gemv(
@@ -71,7 +69,7 @@ def gemv(
             for bx in T.thread_binding(blocks, thread="blockIdx.x"):
                 for ty in T.thread_binding(teams, thread="threadIdx.y"):
                     for tx in T.thread_binding(LANES, thread="threadIdx.x"):
-                        parts = T.alloc_buffer((sums * _PITCH,), "float32", scope="shared")
+                        parts = T.alloc_buffer((sums * PITCH,), "float32", scope="shared")
                         acc = T.alloc_buffer((rows * _OUTS,), "float32", scope="local")
                         for i in T.unroll(rows * _OUTS):
                             acc[i] = T.float32(0)
@@ -86,13 +84,11 @@ def gemv(
                         for r in T.unroll(rows):
                             for j in T.unroll(_OUTS):
                                 at = T.meta_var(r * block_outs + j * teams + ty)
-                                parts[at * _PITCH + tx] = acc[r * _OUTS + j]
+                                parts[at * PITCH + tx] = acc[r * _OUTS + j]
                         s = T.meta_var(ty * LANES + tx)
                         total = T.alloc_buffer((1,), "float32", scope="local")
                         if s < sums:
-                            total[0] = T.float32(0)
-                            for k in T.serial(LANES):
-                                total[0] += parts[s * _PITCH + k]
+                            lanes_sum(parts, s, total)
                             row = T.meta_var(by * rows + s // block_outs)
                             o = T.meta_var(bx * block_outs + s % block_outs)
                             if row < n and o < out_features:

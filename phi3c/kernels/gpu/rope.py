@@ -26,11 +26,11 @@ def rope_table(limits: GpuLimits, rotary_dim: int, attention_factor: float):
     @T.inline
     def put(args, t, j):
         P, S, F, O = T.meta_var(args)
-        cos = T.alloc_buffer((1,), "float32", scope="local")
-        sin = T.alloc_buffer((1,), "float32", scope="local")
-        cos_sin(T.Cast("float32", P[t]) * F[S[t], j], cos, sin)
-        O[t, j] = cos[0] * T.float32(attention_factor)
-        O[t, half + j] = sin[0] * T.float32(attention_factor)
+        cosine = T.alloc_buffer((1,), "float32", scope="local")
+        sine = T.alloc_buffer((1,), "float32", scope="local")
+        cos_sin(T.Cast("float32", P[t]) * F[S[t], j], cosine, sine)
+        O[t, j] = cosine[0] * T.float32(attention_factor)
+        O[t, half + j] = sine[0] * T.float32(attention_factor)
 
     run = for_each(limits, half, put)
 

@@ -9,8 +9,7 @@ from tvm.script import tirx as T
 from ..low_rank import LowRank
 from ..root import hand_scheduled
 from .limits import LANES, GpuLimits
-
-_PITCH = LANES + 1  # as in gemv.py
+from .sums import PITCH, lanes_sum
 
 
 def shrink(limits: GpuLimits, in_features: int, low_rank: LowRank, dtype: str):
@@ -35,7 +34,7 @@ def shrink(limits: GpuLimits, in_features: int, low_rank: LowRank, dtype: str):
             for bx in T.thread_binding(blocks, thread="blockIdx.x"):
                 for ty in T.thread_binding(teams, thread="threadIdx.y"):
                     for tx in T.thread_binding(LANES, thread="threadIdx.x"):
-                        parts = T.alloc_buffer((teams * _PITCH,), "float32", scope="shared")
+                        parts = T.alloc_buffer((teams * PITCH,), "float32", scope="shared")
                         acc = T.alloc_buffer((1,), "float32", scope="local")
                         acc[0] = T.float32(0)
                         if bx * teams + ty < R[i]:
@@ -44,14 +43,12 @@ def shrink(limits: GpuLimits, in_features: int, low_rank: LowRank, dtype: str):
                                 if k < in_features:
                                     weight = T.meta_var(A[S[i], bx * teams + ty, k])
                                     acc[0] += T.Cast("float32", X[i, k]) * T.Cast("float32", weight)
-                        parts[ty * _PITCH + tx] = acc[0]
+                        parts[ty * PITCH + tx] = acc[0]
                         s = T.meta_var(ty * LANES + tx)
                         total = T.alloc_buffer((1,), "float32", scope="local")
                         if s < teams:
                             if bx * teams + s < R[i]:
-                                total[0] = T.float32(0)
-                                for k in T.serial(LANES):
-                                    total[0] += parts[s * _PITCH + k]
+                                lanes_sum(parts, s, total)
                                 H[i, bx * teams + s] = total[0]
 
     return hand_scheduled(func)

@@ -69,11 +69,9 @@ def _group_reader(kind: GroupFormat) -> WeightReader:
     # and GPUs convert integers at a fraction of the rate of logical operations.
     @T.inline
     def put(D, i, stored):
-        near_one = T.reinterpret(
-            "float32",
-            T.bitwise_or(T.shift_left(stored, T.uint32(23 - bits)), T.uint32(0x3F800000)),
-        )
-        D[i] = near_one - T.float32(1 + kind.zero / 2**bits)
+        mantissa = T.meta_var(T.shift_left(stored, T.uint32(23 - bits)))
+        near_one = T.meta_var(T.bitwise_or(mantissa, T.uint32(0x3F800000)))
+        D[i] = T.reinterpret("float32", near_one) - T.float32(1 + kind.zero / 2**bits)
 
     @T.inline
     def read(W, D, at, row, u):

@@ -1,0 +1,44 @@
+"""Sums over the threads of a workgroup, through shared memory: on every GPU alike."""
+
+from tvm.script import tirx as T
+
+from .limits import LANES, GpuLimits
+
+# In shared memory the parts of a sum of LANES threads take one place more than they are, so that
+# threads that add up one sum each meet no two in a bank. (The buffers are one-dimensional: TVM
+# takes such padding out of two-dimensional ones.)
+PITCH = LANES + 1
+
+_PARTS = 16  # sums that a workgroup's sum is made of, by everyone
+
+
+def workgroup_sum(limits: GpuLimits):
+    """Returns the inline function `add_up(part, S, total, tx)`: total[0] of every thread is the
+    sum of all threads' part[0]. S: two float32 per thread, shared.
+
+    Not `tvm_thread_allreduce`: its result takes the place of a local buffer, which TVM may also
+    have given to a variable that is written later; then threads write over each other's result.
+    """
+    threads = limits.threads
+
+    @T.inline
+    def add_up(part, S, total, tx):
+        S[tx] = part[0]
+        # Every sixteenth of them; threads that are alike make the same sum, which spares a condition.
+        total[0] = T.float32(0)
+        for j in T.serial(threads // _PARTS):
+            total[0] += S[j * _PARTS + tx % _PARTS]
+        S[threads + tx] = total[0]
+        total[0] = T.float32(0)
+        for j in T.serial(_PARTS):
+            total[0] += S[threads + j]
+
+    return add_up
+
+
+@T.inline
+def lanes_sum(S, s, total):
+    """total[0] = the sum of the LANES parts of sum s in S, shared, at s · PITCH."""
+    total[0] = T.float32(0)
+    for k in T.serial(LANES):
+        total[0] += S[s * PITCH + k]
