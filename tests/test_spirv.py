@@ -1,4 +1,4 @@
-"""The SPIR-V emitter: each kind of node is valid SPIR-V, and computes on a device what numpy does."""
+"""The SPIR-V emitter: every kind of node is valid SPIR-V, and does on a device what numpy does."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from spirv import VALIDATOR, emitted, lowered
 from tvm.script import tirx as T
+from vulkan_device import needs_device, run
 
 from phi3c.errors import TargetError
 from phi3c.spirv.codegen import emit, module_bytes
 from phi3c.spirv.module import DType, Module, text
-from vulkan_device import needs_device, run
 
 needs_validator = pytest.mark.skipif(VALIDATOR is None, reason="no spirv-val (spirv-tools)")
 
@@ -21,7 +21,7 @@ THREADS = 32
 
 
 def elementwise(value, inputs: list[str], output: str):
-    """A kernel O[i] = value(i, buffers…) over N elements."""
+    """A kernel Out[i] = value(i, buffers…) over N elements."""
     return (_of_one if len(inputs) == 1 else _of_two)(value, *inputs, output)
 
 
@@ -29,11 +29,11 @@ def _of_one(value, first: str, output: str):
     @T.prim_func(s_tir=True)
     def function(a: T.handle, o: T.handle):
         A = T.match_buffer(a, (N,), first)
-        O = T.match_buffer(o, (N,), output)
+        Out = T.match_buffer(o, (N,), output)
         for b in T.thread_binding((N + THREADS - 1) // THREADS, thread="blockIdx.x"):
             for t in T.thread_binding(THREADS, thread="threadIdx.x"):
                 if b * THREADS + t < N:
-                    O[b * THREADS + t] = value(b * THREADS + t, A)
+                    Out[b * THREADS + t] = value(b * THREADS + t, A)
 
     return function
 
@@ -43,11 +43,11 @@ def _of_two(value, first: str, second: str, output: str):
     def function(a: T.handle, b: T.handle, o: T.handle):
         A = T.match_buffer(a, (N,), first)
         B = T.match_buffer(b, (N,), second)
-        O = T.match_buffer(o, (N,), output)
+        Out = T.match_buffer(o, (N,), output)
         for bx in T.thread_binding((N + THREADS - 1) // THREADS, thread="blockIdx.x"):
             for t in T.thread_binding(THREADS, thread="threadIdx.x"):
                 if bx * THREADS + t < N:
-                    O[bx * THREADS + t] = value(bx * THREADS + t, A, B)
+                    Out[bx * THREADS + t] = value(bx * THREADS + t, A, B)
 
     return function
 
@@ -239,7 +239,7 @@ def test_loops():
     @T.prim_func(s_tir=True)
     def function(a: T.handle, o: T.handle):
         A = T.match_buffer(a, (N,), "int32")
-        O = T.match_buffer(o, (N,), "int32")
+        Out = T.match_buffer(o, (N,), "int32")
         for t in T.thread_binding(N, thread="blockIdx.x"):
             for _ in T.thread_binding(1, thread="threadIdx.x"):
                 total = T.alloc_buffer((2,), "int32", scope="local")
@@ -253,7 +253,7 @@ def test_loops():
                             total[0] = total[0] + 1
                 while total[1] < A[t]:
                     total[1] = total[1] + 3
-                O[t] = total[0] * 100 + total[1]
+                Out[t] = total[0] * 100 + total[1]
 
     a = values("int32", 15, 0, 9)
     expected = [sum(i * 6 + 1 for i in range(n)) * 100 + -(-n // 3) * 3 for n in a]
@@ -268,12 +268,12 @@ def test_shared_memory_and_barriers():
     @T.prim_func(s_tir=True)
     def function(a: T.handle, o: T.handle):
         A = T.match_buffer(a, (N,), "float32")
-        O = T.match_buffer(o, (N,), "float32")
+        Out = T.match_buffer(o, (N,), "float32")
         for b in T.thread_binding(2, thread="blockIdx.x"):
             for t in T.thread_binding(half, thread="threadIdx.x"):
                 S = T.alloc_buffer((half,), "float32", scope="shared")
                 S[t] = A[b * half + t]
-                O[b * half + t] = S[half - 1 - t]
+                Out[b * half + t] = S[half - 1 - t]
 
     a = values("float32", 16)
     kernel = emitted(function)[0]
@@ -289,11 +289,11 @@ def test_vectors(dtype):
     @T.prim_func(s_tir=True)
     def function(a: T.handle, o: T.handle):
         A = T.match_buffer(a, (N,), dtype)
-        O = T.match_buffer(o, (N,), "float32")
+        Out = T.match_buffer(o, (N,), "float32")
         for b in T.thread_binding(N // 2, thread="blockIdx.x"):
             for _ in T.thread_binding(1, thread="threadIdx.x"):
                 for v in T.vectorized(2):
-                    O[b * 2 + v] = T.Cast("float32", A[b * 2 + v]) * T.float32(0.5) + T.Cast(
+                    Out[b * 2 + v] = T.Cast("float32", A[b * 2 + v]) * T.float32(0.5) + T.Cast(
                         "float32", v
                     )
 
@@ -308,11 +308,11 @@ def test_a_symbolic_extent_is_an_argument():
     def function(a: T.handle, o: T.handle):
         n = T.int64()
         A = T.match_buffer(a, (n,), "float32")
-        O = T.match_buffer(o, (n,), "float32")
+        Out = T.match_buffer(o, (n,), "float32")
         for b in T.thread_binding((n + 15) // 16, thread="blockIdx.x"):
             for t in T.thread_binding(16, thread="threadIdx.x"):
                 if b * 16 + t < n:
-                    O[b * 16 + t] = A[n - 1 - b * 16 - t]
+                    Out[b * 16 + t] = A[n - 1 - b * 16 - t]
 
     a = values("float32", 18)
     assert [k.arguments for k in emitted(function)] == [("handle", "handle", "int32")]
@@ -344,12 +344,12 @@ def test_what_has_no_spirv_is_named(value, named):
 def test_memory_of_another_scope_is_named():
     @T.prim_func(s_tir=True)
     def function(o: T.handle):
-        O = T.match_buffer(o, (N,), "float32")
+        Out = T.match_buffer(o, (N,), "float32")
         for _ in T.thread_binding(1, thread="blockIdx.x"):
             for t in T.thread_binding(N, thread="threadIdx.x"):
                 S = T.alloc_buffer((N,), "float32", scope="wmma.accumulator")
                 S[t] = T.float32(1)
-                O[t] = S[t]
+                Out[t] = S[t]
 
     with pytest.raises(TargetError, match="memory of scope wmma.accumulator"):
         emit(lowered(function))

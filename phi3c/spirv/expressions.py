@@ -149,14 +149,12 @@ class Expressions:
             for place in self._places(node.indices[0])
         ]
         found = values[0] if len(values) == 1 else self._construct(dtype, values)
-        return self.converted(
-            found, DType(memory.dtype.kind, memory.dtype.bits, dtype.lanes), dtype
-        )
+        return self.converted(found, memory.dtype.of_lanes(dtype.lanes), dtype)
 
     def store(self, buffer, index, value) -> None:
         memory, dtype = self.memory(buffer), dtype_of(value)
         found = self.expression(value)
-        wanted = DType(memory.dtype.kind, memory.dtype.bits, dtype.lanes)
+        wanted = memory.dtype.of_lanes(dtype.lanes)
         found = self.converted(found, dtype, wanted)
         for lane, place in enumerate(self._places(index)):
             pointer = self._pointer(memory, place)

@@ -24,8 +24,8 @@ POD_BYTES = 8
 @dataclass(frozen=True)
 class Kernel:
     """arguments: the dtype of each, `handle` for a buffer; launch: TVM's tags of the grid's axes,
-    which follow the arguments of a call; storage_bits: the narrowest values in its buffers; spirv: the
-    words, little-endian."""
+    which follow the arguments of a call; storage_bits: the narrowest values in its buffers; spirv:
+    the words, little-endian."""
 
     name: str
     arguments: tuple[str, ...]

@@ -48,6 +48,9 @@ class DType:
     def element(self) -> DType:
         return DType(self.kind, self.bits, 1)
 
+    def of_lanes(self, lanes: int) -> DType:
+        return DType(self.kind, self.bits, lanes)
+
     def of(self, kind: str) -> DType:
         return DType(kind, self.bits, self.lanes)
 

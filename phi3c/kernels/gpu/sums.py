@@ -24,7 +24,7 @@ def workgroup_sum(limits: GpuLimits):
     @T.inline
     def add_up(part, S, total, tx):
         S[tx] = part[0]
-        # Every sixteenth of them; threads that are alike make the same sum, which spares a condition.
+        # Every sixteenth; threads that are alike make the same sum, which spares a condition.
         total[0] = T.float32(0)
         for j in T.serial(threads // _PARTS):
             total[0] += S[j * _PARTS + tx % _PARTS]
