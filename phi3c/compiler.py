@@ -54,11 +54,12 @@ def compile(
     repo id, or a folder of `convert`.
     target: `cpu` (this machine's), `cpu:<mcpu>`, `cpu:<mcpu>:<triple>` or `vulkan`.
     quantization: a scheme's name. output: new or empty folder, or an artifact to replace.
-    max_batch_size: sequences in a forward; prefill_chunk_size: new tokens in a forward; context_length: tokens in a sequence, by
-    default 4096 or the config's max_position_embeddings if that is less. max_loras: LoRA adapters
-    that can be used at a time, each of at most max_rank (8, 16, 32, 64 or 128). merge_adapter:
-    folder or repo id of a LoRA adapter that becomes a part of the weights, W + B A before they are
-    quantized; what a .gguf file stores quantized is rounded again where the adapter changes it.
+    max_batch_size: sequences in a forward; prefill_chunk_size: new tokens in a forward;
+    context_length: tokens in a sequence, by default 4096 or the config's max_position_embeddings if
+    that is less. max_loras: LoRA adapters that can be used at a time, each of at most max_rank (8,
+    16, 32, 64 or 128). merge_adapter: folder or repo id of a LoRA adapter that becomes a part of
+    the weights, W + B A before they are quantized; what a .gguf file stores quantized is rounded
+    again where the adapter changes it.
     progress: called with (stage, done, total).
 
     Raises the errors of phi3c.errors before any work where it can; nothing is left at `output`
