@@ -1,0 +1,233 @@
+"""Models compiled for Vulkan, on the device that is there (CI's is Mesa's lavapipe), against the
+same models on the CPU and against transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import build
+from vulkan_device import needs_device
+
+import phi3c
+from phi3c.engine.engine import Engine
+from phi3c.engine.request import Request
+from phi3c.engine.sampler import SamplingParams
+from phi3c.engine.tokenizer import Tokenizer
+from phi3c.errors import DeviceError, InputError, OutOfMemoryError, TargetError
+from phi3c.verify import verify
+
+ROOT = Path(__file__).parent.parent
+TOY = ROOT / "examples" / "toy" / "checkpoint"
+ADAPTERS = ROOT / "examples" / "toy" / "adapters"
+PROMPTS = ("reverse hello", "sort 4 2 9 1", "upper abc", "17 + 25", "copy the quick brown fox")
+
+pytestmark = needs_device
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """toy(target, quantization, **options) → its artifact, made once."""
+    made: dict[tuple, Path] = {}
+
+    def get(target: str, quantization: str, **options) -> Path:
+        key = (target, quantization, *sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("toy") / "artifact"
+            phi3c.compile(TOY, target, quantization, folder, **options)
+            made[key] = folder
+        return made[key]
+
+    return get
+
+
+def answers(folder: Path, requests: list[Request]) -> list[list[int]]:
+    """Greedy tokens of each, all in one batch."""
+    engine = Engine(phi3c.load(folder), Tokenizer.from_folder(folder), 2048, 16)
+    for name in sorted({r.adapter for r in requests} - {None}):
+        engine.model.load_adapter(ADAPTERS / name, name)
+    handles = engine.generate(requests)
+    assert not any(handle.error for handle in handles), handles
+    return [handle.outputs[0].token_ids for handle in handles]
+
+
+def greedy(prompt: str, adapter: str | None = None) -> Request:
+    message = [{"role": "user", "content": prompt}]
+    return Request(message, SamplingParams(temperature=0, max_tokens=24), adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    "quantization", ["q0f32", "q0f16", "q0bf16", "q4f32_1", "q4f16_1", "q3f16_1"]
+)
+def test_the_toy_answers_as_on_the_cpu(toy, quantization):
+    """The same tokens, though a GPU's activations are float16 in the schemes of that width."""
+    requests = [greedy(prompt) for prompt in PROMPTS]
+    there = answers(toy("vulkan", quantization), requests)
+    on_cpu = quantization if quantization.startswith("q0") else f"{quantization}:float"
+    assert there == answers(toy("cpu", on_cpu), requests)
+
+
+@pytest.mark.parametrize("quantization", ["q0f32", "q4f16_1"])
+def test_the_toy_is_right_at_every_boundary(toy, quantization):
+    """Pages, chunks, LongRoPE's original context, the whole context: against transformers."""
+    report = verify(toy("vulkan", quantization), TOY)
+    assert report.ok, report
+    assert {check.boundary for check in report.checks} >= {"page", "original_max", "context_length"}
+
+
+def test_adapters_in_one_batch(toy):
+    """Three adapters and the base model side by side, more adapters than slots."""
+    requests = [greedy(f"{task} hello", task) for task in ("rotate", "down", "shout")]
+    requests += [greedy("reverse hello"), greedy("rotate world", "rotate")]
+    options = {"max_loras": 2, "max_rank": 32}
+    there = answers(toy("vulkan", "q0f32", **options), requests)
+    assert there == answers(toy("cpu", "q0f32", **options), requests)
+    assert there[0] != answers(toy("cpu", "q0f32", **options), [greedy("rotate hello")])[0]
+
+
+def tiny(tmp_path, name: str, **overrides):
+    """A random model on Vulkan, to be compared with transformers."""
+    options = dict(target="vulkan", context_length=256) | overrides.pop("options", {})
+    return build(tmp_path, name, compile_options=tuple(options.items()), **overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("window", {"sliding_window": 24}),
+        ("mha-tied", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+        ("partial-rope", {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_logits_of_a_mixed_batch(tmp_path, name, overrides):
+    """A prompt in chunks beside decoding sequences, across the window."""
+    model = tiny(tmp_path, name, **overrides)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(3, 199, n).tolist() for n in (60, 7, 33)]
+    cache = model.compiled.create_paged_kv_cache(max_total_seq_len=512)
+    for i in range(3):
+        cache.add_sequence(i)
+    done = [0, 0, 0]
+    while any(at < len(text) for at, text in zip(done, texts, strict=True)):
+        ids = [i for i in range(3) if done[i] < len(texts[i])]
+        parts = [texts[i][done[i] : done[i] + (11 if i == 0 else 5)] for i in ids]
+        with cache.forward(ids, [len(part) for part in parts]):
+            ends = np.cumsum([len(part) for part in parts]) - 1
+            embed = model.compiled.embed(np.concatenate(parts))
+            logits = model.compiled.batch_prefill(embed, ends, cache)[0].numpy()[0]
+        for row, i, part in zip(logits, ids, parts, strict=True):
+            done[i] += len(part)
+            model.check(row, model.last_logits(texts[i][: done[i]]))
+    with cache.forward([0, 1, 2], [1, 1, 1]):
+        embed = model.compiled.embed([5, 6, 7])
+        logits = model.compiled.batch_decode(embed, cache)[0].numpy()[:, 0]
+    for i, row in enumerate(logits):
+        model.check(row, model.last_logits([*texts[i], 5 + i]))
+
+
+def test_a_tree_of_drafts_and_a_fork(tmp_path):
+    model = tiny(tmp_path, "tree")
+    compiled, cache = model.compiled, model.compiled.create_paged_kv_cache()
+    prompt = list(range(10, 31))
+    cache.add_sequence(0)
+    with cache.forward([0], [len(prompt)]):
+        compiled.prefill(compiled.embed(prompt), cache)
+    cache.fork_sequence(0, 1)
+    draft, parents = [40, 41, 42, 43], [-1, 0, 0, 2]
+    with cache.forward([0], [4], tree_parents=parents):
+        logits = compiled.batch_verify(compiled.embed(draft), cache)[0].numpy()[0]
+    paths = [[40], [40, 41], [40, 42], [40, 42, 43]]
+    for row, path in zip(logits, paths, strict=True):
+        model.check(row, model.last_logits(prompt + path))
+    cache.commit_accepted_token_tree_nodes([0], [3])
+    with cache.forward([0, 1], [1, 1]):
+        logits = compiled.batch_decode(compiled.embed([50, 51]), cache)[0].numpy()[:, 0]
+    model.check(logits[0], model.last_logits([*prompt, 40, 42, 43, 50]))
+    model.check(logits[1], model.last_logits([*prompt, 51]))
+
+
+@pytest.mark.parametrize("quantization", ["q4f16_1", "q4f32_1"])
+def test_two_layers_of_phi3_mini(tmp_path, quantization):
+    """Real shapes, random weights, against the same artifact on the CPU."""
+    config = json.loads((ROOT / "configs" / "phi-3-mini-4k.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    options = dict(max_batch_size=2, context_length=256, prefill_chunk_size=64)
+    found = {}
+    for target, scheme in (("vulkan", quantization), ("cpu", f"{quantization}:float")):
+        folder = tmp_path / target
+        phi3c.compile(tmp_path / "config.json", target, scheme, folder, **options)
+        model = phi3c.load(folder)
+        cache = model.create_paged_kv_cache(max_total_seq_len=256)
+        cache.add_sequence(0)
+        ids = np.random.default_rng(1).integers(0, 32064, 70)
+        logits = []
+        for part in (ids[:64], ids[64:69], ids[69:]):
+            with cache.forward([0], [len(part)]):
+                run = model.decode if len(part) == 1 else model.prefill
+                logits.append(run(model.embed(part), cache)[0].numpy().ravel())
+        found[target] = np.array(logits)
+    error = np.abs(found["vulkan"] - found["cpu"]).max() / np.abs(found["cpu"]).max()
+    assert error <= (2e-2 if "f16" in quantization else 1e-4), error
+
+
+def test_no_message_of_the_validation_layer(toy, tmp_path):
+    """A prompt, decoding and an adapter under Khronos' layer, which prints what it finds wrong."""
+    program = (
+        "import phi3c, sys\n"
+        "from phi3c.engine.engine import Engine\n"
+        "from phi3c.engine.tokenizer import Tokenizer\n"
+        "from phi3c.engine.request import Request\n"
+        "from phi3c.engine.sampler import SamplingParams\n"
+        "folder = sys.argv[1]\n"
+        "engine = Engine(phi3c.load(folder), Tokenizer.from_folder(folder), 1024, 16)\n"
+        "engine.model.load_adapter(sys.argv[2], 'rotate')\n"
+        "params = SamplingParams(temperature=0, max_tokens=8)\n"
+        "asked = [Request([{'role': 'user', 'content': 'reverse hello'}], params, adapter=a)\n"
+        "         for a in (None, 'rotate')]\n"
+        "print([h.outputs[0].text for h in engine.generate(asked)])\n"
+    )
+    folder = toy("vulkan", "q0f32", max_loras=2, max_rank=32)
+    environment = os.environ | {"VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), str(ADAPTERS / "rotate")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "olleh" in done.stdout
+    messages = done.stdout + done.stderr
+    assert "VUID" not in messages and "alidation" not in messages, messages
+
+
+# Bad input
+
+
+def test_a_device_of_another_kind_is_refused(toy):
+    with pytest.raises(TargetError, match="device: found 'vulkan'; accepted: cpu, or None"):
+        phi3c.load(toy("cpu", "q0f32"), device="vulkan")
+    for name in ("cpu", "cuda", "vulkan:x", "vulkan:-1"):
+        with pytest.raises(TargetError, match="accepted: vulkan, vulkan:<index>, or None"):
+            phi3c.load(toy("vulkan", "q0f32"), device=name)
+
+
+def test_a_device_that_is_not_there_is_refused(toy):
+    with pytest.raises(DeviceError, match="found vulkan:99; accepted: one that is there: vulkan:0"):
+        phi3c.load(toy("vulkan", "q0f32"), device="vulkan:99")
+
+
+def test_pages_that_the_device_cannot_hold_are_refused(toy):
+    model = phi3c.load(toy("vulkan", "q0f32"))
+    with pytest.raises((DeviceError, OutOfMemoryError), match="a layer's pages for 2000000 tokens"):
+        model.create_paged_kv_cache(max_total_seq_len=2_000_000)
+    with pytest.raises(OutOfMemoryError, match="needs .* of memory .* available on vulkan:0"):
+        model.create_paged_kv_cache(max_total_seq_len=2**31 - 1)
+    with pytest.raises(InputError):
+        model.embed([10**9])
+    assert model.embed([5]).numpy().shape[:2] == (1, 1)  # and the model lives
