@@ -14,6 +14,7 @@ namespace phi3c::vulkan {
 constexpr const char* kDeviceError = "phi3c.DeviceError";
 constexpr const char* kOutOfMemoryError = "phi3c.OutOfMemoryError";
 constexpr const char* kArtifactError = "phi3c.ArtifactError";
+constexpr const char* kValueError = "ValueError";
 
 class Failure : public std::exception {
  public:

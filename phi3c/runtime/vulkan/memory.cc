@@ -47,6 +47,11 @@ std::optional<uint32_t> Memory::type(uint32_t allowed, Place place) const {
   return local ? local : type(allowed, 0);
 }
 
+uint64_t Memory::largest() const {
+  return std::min<uint64_t>(device_.physical.properties.limits.maxStorageBufferRange,
+                            device_.physical.max_allocation);
+}
+
 Buffer* Memory::create(uint64_t bytes, Place place) {
   // Sizes that are no multiple of 4 have room for the whole word of the last bytes.
   uint64_t size = std::max<uint64_t>(16, (bytes + 15) / 16 * 16);

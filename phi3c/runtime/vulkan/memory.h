@@ -32,6 +32,9 @@ class Memory {
   // Fails where the device's limits do not allow such a buffer.
   Buffer* create(uint64_t bytes, Place place);
 
+  // Bytes that the device's limits allow a buffer to have.
+  uint64_t largest() const;
+
   // At once: nothing may use it any more. Does not fail.
   void destroy(Buffer* buffer);
 

@@ -216,8 +216,10 @@ void Stream::upload(Buffer& to, uint64_t offset, const void* from, uint64_t byte
 
 void Stream::download(Buffer& from, uint64_t offset, void* to, uint64_t bytes) {
   if (from.mapped && from.cached) {
-    if (recording_) submit();
-    wait(from.last_use);
+    if (!idle(from)) {
+      submit();
+      wait(from.last_use);
+    }
     std::memcpy(to, from.mapped + offset, bytes);
     return;
   }
