@@ -43,8 +43,12 @@ class AdapterInUseError(Phi3CError, RuntimeError):
     """An adapter that is to be unloaded has requests that have not ended."""
 
 
+class DeviceError(Phi3CError, RuntimeError):
+    """A device, its driver or its runtime library is missing, does not suffice, or has failed."""
+
+
 class OutOfMemoryError(Phi3CError, MemoryError):
-    """The machine has not the memory that an artifact or a KV cache would take."""
+    """The machine or the device has not the memory that is asked for."""
 
 
 class CacheFullError(Phi3CError, RuntimeError):
