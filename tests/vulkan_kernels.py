@@ -112,7 +112,6 @@ HALVES = Kernel(
 )
 
 
-
 def many_buffers(count: int) -> Kernel:
     """Adds i to each value of the i-th buffer."""
     return Kernel(

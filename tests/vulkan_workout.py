@@ -117,9 +117,7 @@ def check_all(data: bytes) -> None:
     with profiled() as times:
         check_chain(module, steps=300)
     assert times["chain"].count == 300 and 0 < times["chain"].seconds < 60, times
-    del module  # its pipelines go
-    tvm.vulkan(0).sync()
-    check_add(module_from_bytes(data), rng, 5)
+    check_add(module_from_bytes(data), rng, 5)  # whose pipelines go while they may be in use
     print("right")
 
 

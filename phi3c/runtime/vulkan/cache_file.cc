@@ -16,7 +16,7 @@ struct Header {
   uint64_t length;
   uint64_t checksum;
 };
-constexpr char kMagic[8] = {'P', 'H', 'I', '3', 'C', 'V', 'K', '1'};
+constexpr char kFileMagic[8] = {'P', 'H', 'I', '3', 'C', 'V', 'K', '1'};
 
 uint64_t checksum(const std::string& data) {  // FNV-1a
   uint64_t hash = 0xCBF29CE484222325;
@@ -36,7 +36,7 @@ CacheFile read_cache_file(const std::string& path) {
   if (content.size() < sizeof header) return {"", true};
   std::memcpy(&header, content.data(), sizeof header);
   std::string data = content.substr(sizeof header);
-  if (std::memcmp(header.magic, kMagic, sizeof kMagic) || header.length != data.size() ||
+  if (std::memcmp(header.magic, kFileMagic, sizeof kFileMagic) || header.length != data.size() ||
       header.checksum != checksum(data)) {
     return {"", true};
   }
@@ -50,7 +50,7 @@ bool write_cache_file(const std::string& path, const std::string& data) {
   {
     std::ofstream stream(temporary, std::ios::binary | std::ios::trunc);
     Header header;
-    std::memcpy(header.magic, kMagic, sizeof kMagic);
+    std::memcpy(header.magic, kFileMagic, sizeof kFileMagic);
     header.length = data.size();
     header.checksum = checksum(data);
     stream.write(reinterpret_cast<const char*>(&header), sizeof header);

@@ -7,7 +7,7 @@
 namespace phi3c::vulkan {
 namespace {
 
-constexpr uint32_t kMagic = 0x07230203;
+constexpr uint32_t kSpirvMagic = 0x07230203;
 constexpr size_t kHeaderWords = 5;
 constexpr uint32_t kOpEntryPoint = 15, kOpExecutionMode = 16, kOpCapability = 17;
 constexpr uint32_t kGLCompute = 5;   // an execution model
@@ -30,7 +30,7 @@ Shader inspect(std::vector<uint32_t> words, const std::string& entry) {
   auto bad = [&](const char* what) {
     fail(kArtifactError, "vulkan: kernel ", entry, ": its code is damaged: ", what);
   };
-  if (words.size() < kHeaderWords || words[0] != kMagic) bad("not SPIR-V");
+  if (words.size() < kHeaderWords || words[0] != kSpirvMagic) bad("not SPIR-V");
   Shader shader;
   shader.version = words[1];
   bool found = false;
