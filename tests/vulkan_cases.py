@@ -46,6 +46,9 @@ class Cases:
 
 
 def main() -> None:
+    import pytest  # noqa: F401 - what cases import, once for all
+    import vulkan_workout  # noqa: F401
+
     from phi3c.runtime.vulkan import load_runtime
 
     load_runtime(cache=sys.argv[1])

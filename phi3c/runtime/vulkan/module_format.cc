@@ -24,6 +24,17 @@ class Reader {
     return std::string(bytes, size);
   }
 
+  // One that can be shown to users, whose terminals and whose Python want text.
+  std::string name() {
+    std::string found = string();
+    for (unsigned char c : found) {
+      if (c <= ' ' || c > '~') {
+        fail(kArtifactError, "vulkan: the module's bytes are damaged: a name that is no text");
+      }
+    }
+    return found;
+  }
+
   const char* take(uint64_t size) {
     if (size > left_) fail(kArtifactError, "vulkan: the module's bytes are damaged: truncated");
     const char* taken = at_;
@@ -50,7 +61,7 @@ KernelCode read_launch_information(Reader& reader) {
     kernel.arguments.push_back(type);
   }
   for (uint64_t n = reader.number<uint64_t>(); n; --n) {
-    kernel.launch_parameters.push_back(reader.string());
+    kernel.launch_parameters.push_back(reader.name());
   }
   for (uint64_t n = reader.number<uint64_t>(); n; --n) reader.number<int32_t>();
   return kernel;
@@ -72,14 +83,14 @@ std::vector<uint32_t> read_words(const std::string& code, const std::string& nam
 
 std::map<std::string, KernelCode> parse_module(const char* bytes, size_t size) {
   Reader reader(bytes, size);
-  std::string format = reader.string();
+  std::string format = reader.name();
   if (format != "vulkan") {
     fail(kArtifactError, "vulkan: the module's bytes are of another format: found ",
          format.substr(0, 20), "; accepted: vulkan");
   }
   std::map<std::string, KernelCode> kernels;
   for (uint64_t n = reader.number<uint64_t>(); n; --n) {
-    std::string name = reader.string();
+    std::string name = reader.name();
     reader.string();
     if (!kernels.emplace(name, read_launch_information(reader)).second) {
       fail(kArtifactError, "vulkan: the module's bytes are damaged: two kernels ", name);
@@ -87,7 +98,7 @@ std::map<std::string, KernelCode> parse_module(const char* bytes, size_t size) {
   }
   size_t with_code = 0;
   for (uint64_t n = reader.number<uint64_t>(); n; --n) {
-    std::string name = reader.string();
+    std::string name = reader.name();
     std::string code = reader.string();
     auto found = kernels.find(name);
     if (found == kernels.end() || !found->second.shader.words.empty()) {
