@@ -136,6 +136,16 @@ def test_tvm_knows_the_device():
     assert here.max_clock_rate is None
 
 
+def test_a_target_takes_its_attributes_from_the_device():
+    device = devices()[0]
+    attributes = tvm.target.Target({"kind": "vulkan", "from_device": 0}).attrs
+    assert attributes["device_name"] == device.name
+    assert bool(attributes["supports_float16"]) == device.shader_float16
+    assert bool(attributes["supports_16bit_buffer"]) == device.storage_buffer_16bit
+    assert attributes["max_storage_buffer_range"] == device.max_storage_buffer_range
+    assert attributes["max_shared_memory_per_block"] == device.max_shared_memory
+
+
 def test_an_unknown_device_is_refused():
     count = len(devices())
     with pytest.raises(DeviceError, match=f"vulkan: device {count}: accepted: 0 to {count - 1}"):
@@ -210,6 +220,17 @@ def test_copies_into_a_part_of_a_buffer(module, begin, size, rng):
         assert np.array_equal(part.numpy(), data)
         assert np.array_equal(tensor.numpy(), whole)
         data = 255 - data
+
+
+def test_copies_within_a_buffer(rng):
+    data = rng.integers(0, 256, 1000, dtype=np.uint8)
+    tensor = workout.upload(data)
+    parts = [tensor._create_view((400,), "uint8", begin) for begin in (1, 501, 300)]
+    parts[0].copyto(parts[1])
+    data[501:901] = data[1:401]
+    assert np.array_equal(tensor.numpy(), data)
+    with pytest.raises(ValueError, match="a copy within a buffer from 501 to 300 of 400 bytes"):
+        parts[1].copyto(parts[2])
 
 
 def test_workspaces_are_kept(module):
@@ -485,6 +506,18 @@ def test_the_library_is_compiled_once(library_cache, monkeypatch):
     assert runtime_library(library_cache).parent == library_cache
     load_runtime(cache=library_cache / "other")
     assert not (library_cache / "other").exists()
+
+
+def test_two_that_compile_at_once_make_one_library(tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"  # writes its process id to what follows -o
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" ]; do [ $1 = -o ] && echo $$ > $2; shift; done\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build_module, "get_cc", lambda: str(compiler))
+    made = []
+    workout.in_threads(8, lambda _: made.append(runtime_library(tmp_path / "cache")))
+    assert len(made) == 8 and len(set(made)) == 1
+    assert list((tmp_path / "cache").iterdir()) == [made[0]]
+    assert made[0].read_text().strip().isdigit()
 
 
 def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
