@@ -21,6 +21,8 @@ COMPILE_WING = {
     "pipeline",
     "targets",
     "linker",
+    "device_code",
+    "spirv",
     "weights",
     "sources",
     "packing",
@@ -43,12 +45,15 @@ MAY_IMPORT = {
     "artifact": {"errors", "manifest", "tensor_file"},
     "output_folder": {"artifact", "errors", "memory"},
     "memory": {"manifest", "tensor_file"},
+    "vulkan": {"errors", "memory"},
     # compile wing
     "kernels": set(),
     "quantization": {"kernels", "errors"},
     "model": {"adapters", "config", "kernels", "quantization", "errors"},
     "passes": set(),
     "pipeline": {"passes"},
+    "spirv": {"errors"},
+    "device_code": {"manifest", "spirv", "targets", "vulkan"},
     "targets": {"kernels", "errors"},
     "linker": {"errors", "targets", "triple"},
     "weights": {"config", "errors", "quantization"},
@@ -58,19 +63,23 @@ MAY_IMPORT = {
     "converter": {"adapters", "artifact", "config", "errors", "kernels", "manifest"}
     | {"merged_weights", "output_folder", "packing"}
     | {"quantization", "sources", "targets", "tensor_file"},
-    "compiler": {"adapters", "artifact", "config", "converter", "errors", "linker", "manifest"}
+    "compiler": {"adapters", "artifact", "config", "converter", "device_code", "errors"}
+    | {"linker", "manifest"}
     | {"model", "output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
-    "runtime": {"adapters", "artifact", "config", "errors", "manifest", "memory", "triple"},
+    "runtime": {"adapters", "artifact", "config", "errors", "manifest", "memory", "tensor_file"}
+    | {"triple", "vulkan"},
     "engine": {"runtime", "config", "errors", "artifact", "manifest"},
     "serve": {"engine", "runtime", "config", "errors", "artifact"},
     # above both wings
+    "readiness": {"errors", "linker", "targets", "vulkan"},
     "": {"config", "artifact", "compiler", "converter", "engine", "runtime"},
     "reference": {"config", "errors"},
     "artifact_cache": {"artifact", "compiler", "converter", "errors", "manifest", "sources"}
     | {"targets"},
     "verify": {"artifact", "config", "errors", "quantization", "reference", "runtime", "sources"},
-    "describe": {"artifact", "config", "engine", "errors", "memory", "verify", "weights"},
+    "describe": {"artifact", "config", "engine", "errors", "memory", "readiness", "verify"}
+    | {"weights"},
     "bench": {
         "engine",
         "errors",
@@ -89,6 +98,7 @@ MAY_IMPORT = {
         "engine",
         "errors",
         "memory",
+        "readiness",
         "runtime",
         "serve",
         "sources",

@@ -26,7 +26,7 @@ from vulkan_cases import Cases
 from vulkan_kernels import ADD, ALL, CHAIN, CONSTANTS, GRID, module_bytes
 
 from phi3c.errors import ArtifactError, DeviceError
-from phi3c.runtime.vulkan import (
+from phi3c.vulkan import (
     VulkanDevice,
     check_device,
     devices,
@@ -36,10 +36,10 @@ from phi3c.runtime.vulkan import (
     save_pipelines,
     statistics,
 )
-from phi3c.runtime.vulkan import build as build_module
-from phi3c.runtime.vulkan import library as library_module
-from phi3c.runtime.vulkan.build import runtime_library
-from phi3c.runtime.vulkan.library import default_cache
+from phi3c.vulkan import build as build_module
+from phi3c.vulkan import library as library_module
+from phi3c.vulkan.build import runtime_library
+from phi3c.vulkan.library import default_cache
 
 TESTS = Path(__file__).parent
 VALIDATION = "VK_LAYER_KHRONOS_validation"
@@ -570,8 +570,8 @@ import pytest
 import tvm
 import vulkan_workout as workout
 from phi3c.errors import ArtifactError, DeviceError, OutOfMemoryError
-from phi3c.runtime.vulkan import *
-from phi3c.runtime.vulkan.library import runtime_function
+from phi3c.vulkan import *
+from phi3c.vulkan.library import runtime_function
 data = open({path!r}, "rb").read()
 vulkan = tvm.vulkan(0)
 """

@@ -49,7 +49,7 @@ def main() -> None:
     import pytest  # noqa: F401 - what cases import, once for all
     import vulkan_workout  # noqa: F401
 
-    from phi3c.runtime.vulkan import load_runtime
+    from phi3c.vulkan import load_runtime
 
     load_runtime(cache=sys.argv[1])
     for line in sys.stdin:
@@ -69,7 +69,7 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
     else:
         return
-    from phi3c.runtime.vulkan.library import runtime_function
+    from phi3c.vulkan.library import runtime_function
 
     os.environ.update({key: str(value) for key, value in request["environment"].items()})
     runtime_function("set_library")(request["loader"])

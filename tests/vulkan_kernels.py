@@ -130,7 +130,7 @@ ALL = (ADD, CONSTANTS, GRID, CHAIN, HALVES, MANY)
 
 
 def module_bytes(*kernels: Kernel) -> bytes:
-    """Of a module of kind "vulkan" (phi3c/runtime/vulkan/module_format.h)."""
+    """Of a module of kind "vulkan" (phi3c/vulkan/module_format.h)."""
     information = b"".join(
         _string(k.name)
         + _string(k.name)

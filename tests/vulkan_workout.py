@@ -13,7 +13,7 @@ import numpy as np
 import tvm
 from vulkan_kernels import ADD, CHAIN, MANY
 
-from phi3c.runtime.vulkan import load_runtime, module_from_bytes, profiled, statistics
+from phi3c.vulkan import load_runtime, module_from_bytes, profiled, statistics
 
 BYTES = Path(sys.argv[1]).read_bytes() if __name__ == "__main__" else b""
 # Around the limits of each way to copy (stream.cc); the last needs more chunks than there are.

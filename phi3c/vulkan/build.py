@@ -16,7 +16,7 @@ import tvm
 import tvm_ffi
 from tvm.support.cc import get_cc
 
-from ...errors import DeviceError
+from ..errors import DeviceError
 
 _FOLDER = Path(__file__).parent
 _HEADER = "vulkan.cdef.h"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ...errors import DeviceError
-from ...memory import in_units
+from ..errors import DeviceError
+from ..memory import in_units
 from .library import load_runtime, runtime_function
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import tvm
 import tvm_ffi
 
-from ...errors import ArtifactError, DeviceError, OutOfMemoryError
+from ..errors import ArtifactError, DeviceError, OutOfMemoryError
 from .build import runtime_library
 
 _lock = threading.Lock()
