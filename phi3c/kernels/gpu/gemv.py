@@ -1,8 +1,8 @@
 """y = x Wᵀ for up to eight rows of x at a time: bound by the reading of W.
 
-LANES threads share an output row, each with units of a few features (weight.py), so that together
-they read whole lines of memory; a weight, once read, serves all rows of x. The lanes' sums meet in
-shared memory.
+32 threads or more share an output row, each with units of a few features (weight.py), so that
+together they read whole lines of memory; a weight, once read, serves all rows of x. Their sums meet
+in shared memory.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,24 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from .limits import LANES, GpuLimits
-from .sums import PITCH, lanes_sum
+from .sums import lanes_sum, pitch_of
 from .weight import VECTOR, WeightReader
 
 _OUTS = 2  # output rows of a thread, which share what it reads of x
+
+_WORKGROUPS = 512  # that a large GPU wants to be busy
+
+
+def _lanes(limits: GpuLimits, out_features: int, units: int) -> int:
+    """Threads of an output row: more of them where few rows would leave a large GPU idle."""
+    lanes = LANES
+    while (
+        2 * lanes <= limits.threads // 2
+        and 2 * (2 * lanes) <= units
+        and out_features * lanes < _WORKGROUPS * limits.threads * _OUTS
+    ):
+        lanes *= 2
+    return lanes
 
 
 def gemv(
@@ -29,15 +43,18 @@ def gemv(
 
     X `[n, in]` in `dtype`; store(R, O, row, o, value) keeps a result.
     """
-    teams = limits.threads // LANES
+    units = in_features // reader.unit
+    lanes = _lanes(limits, out_features, units)
+    teams = limits.threads // lanes
     block_outs = teams * _OUTS
     sums = block_outs * rows
     unit = reader.unit
     vector = VECTOR if unit % VECTOR == 0 else 1
-    units = in_features // unit
-    whole = units % LANES == 0  # every lane has as many units
+    whole = units % lanes == 0  # every lane has as many units
     fits = out_features % block_outs == 0
     blocks = -(-out_features // block_outs)
+    pitch = pitch_of(lanes)
+    add_up = lanes_sum(lanes)
 
     # Past the last row: the last one again, whose result is not kept.
     def clamped(o):
@@ -68,27 +85,27 @@ def gemv(
         for by in T.thread_binding((n + (rows - 1)) // rows, thread="blockIdx.y"):
             for bx in T.thread_binding(blocks, thread="blockIdx.x"):
                 for ty in T.thread_binding(teams, thread="threadIdx.y"):
-                    for tx in T.thread_binding(LANES, thread="threadIdx.x"):
-                        parts = T.alloc_buffer((sums * PITCH,), "float32", scope="shared")
+                    for tx in T.thread_binding(lanes, thread="threadIdx.x"):
+                        parts = T.alloc_buffer((sums * pitch,), "float32", scope="shared")
                         acc = T.alloc_buffer((rows * _OUTS,), "float32", scope="local")
                         for i in T.unroll(rows * _OUTS):
                             acc[i] = T.float32(0)
-                        for step in T.serial((units + LANES - 1) // LANES):
+                        for step in T.serial((units + lanes - 1) // lanes):
                             if whole:
-                                add_unit(X, W, acc, n, by, bx * block_outs + ty, step * LANES + tx)
+                                add_unit(X, W, acc, n, by, bx * block_outs + ty, step * lanes + tx)
                             else:
-                                if step * LANES + tx < units:
+                                if step * lanes + tx < units:
                                     add_unit(
-                                        X, W, acc, n, by, bx * block_outs + ty, step * LANES + tx
+                                        X, W, acc, n, by, bx * block_outs + ty, step * lanes + tx
                                     )
                         for r in T.unroll(rows):
                             for j in T.unroll(_OUTS):
                                 at = T.meta_var(r * block_outs + j * teams + ty)
-                                parts[at * PITCH + tx] = acc[r * _OUTS + j]
-                        s = T.meta_var(ty * LANES + tx)
+                                parts[at * pitch + tx] = acc[r * _OUTS + j]
+                        s = T.meta_var(ty * lanes + tx)
                         total = T.alloc_buffer((1,), "float32", scope="local")
                         if s < sums:
-                            lanes_sum(parts, s, total)
+                            add_up(parts, s, total)
                             row = T.meta_var(by * rows + s // block_outs)
                             o = T.meta_var(bx * block_outs + s % block_outs)
                             if row < n and o < out_features:

@@ -15,4 +15,4 @@ class GpuLimits:
     shared_bytes: int = 32768
 
 
-LANES = 32  # threads that share a sum; a choice of ours, not the width of a warp
+LANES = 32  # threads that share a sum, at least; a choice of ours, not the width of a warp

@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 from ..low_rank import LowRank
 from ..root import hand_scheduled
 from .limits import LANES, GpuLimits
-from .sums import PITCH, lanes_sum
+from .sums import lanes_sum, pitch_of
 
 
 def shrink(limits: GpuLimits, in_features: int, low_rank: LowRank, dtype: str):
@@ -21,6 +21,8 @@ def shrink(limits: GpuLimits, in_features: int, low_rank: LowRank, dtype: str):
     teams = limits.threads // LANES
     steps = -(-in_features // LANES)
     blocks = -(-low_rank.max_rank // teams)
+    pitch = pitch_of(LANES)
+    add_up = lanes_sum(LANES)
 
     @T.prim_func(private=True, s_tir=True)
     def func(x: T.handle, a: T.handle, slot: T.handle, rank: T.handle, h: T.handle):
@@ -34,7 +36,7 @@ def shrink(limits: GpuLimits, in_features: int, low_rank: LowRank, dtype: str):
             for bx in T.thread_binding(blocks, thread="blockIdx.x"):
                 for ty in T.thread_binding(teams, thread="threadIdx.y"):
                     for tx in T.thread_binding(LANES, thread="threadIdx.x"):
-                        parts = T.alloc_buffer((teams * PITCH,), "float32", scope="shared")
+                        parts = T.alloc_buffer((teams * pitch,), "float32", scope="shared")
                         acc = T.alloc_buffer((1,), "float32", scope="local")
                         acc[0] = T.float32(0)
                         if bx * teams + ty < R[i]:
@@ -43,12 +45,12 @@ def shrink(limits: GpuLimits, in_features: int, low_rank: LowRank, dtype: str):
                                 if k < in_features:
                                     weight = T.meta_var(A[S[i], bx * teams + ty, k])
                                     acc[0] += T.Cast("float32", X[i, k]) * T.Cast("float32", weight)
-                        parts[ty * PITCH + tx] = acc[0]
+                        parts[ty * pitch + tx] = acc[0]
                         s = T.meta_var(ty * LANES + tx)
                         total = T.alloc_buffer((1,), "float32", scope="local")
                         if s < teams:
                             if bx * teams + s < R[i]:
-                                lanes_sum(parts, s, total)
+                                add_up(parts, s, total)
                                 H[i, bx * teams + s] = total[0]
 
     return hand_scheduled(func)

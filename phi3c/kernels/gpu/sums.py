@@ -2,12 +2,7 @@
 
 from tvm.script import tirx as T
 
-from .limits import LANES, GpuLimits
-
-# In shared memory the parts of a sum of LANES threads take one place more than they are, so that
-# threads that add up one sum each meet no two in a bank. (The buffers are one-dimensional: TVM
-# takes such padding out of two-dimensional ones.)
-PITCH = LANES + 1
+from .limits import GpuLimits
 
 _PARTS = 16  # sums that a workgroup's sum is made of, by everyone
 
@@ -24,7 +19,7 @@ def workgroup_sum(limits: GpuLimits):
     @T.inline
     def add_up(part, S, total, tx):
         S[tx] = part[0]
-        # Every sixteenth; threads that are alike make the same sum, which spares a condition.
+        # Every sixteenth; some threads make the same sum, which spares a condition.
         total[0] = T.float32(0)
         for j in T.serial(threads // _PARTS):
             total[0] += S[j * _PARTS + tx % _PARTS]
@@ -36,9 +31,24 @@ def workgroup_sum(limits: GpuLimits):
     return add_up
 
 
-@T.inline
-def lanes_sum(S, s, total):
-    """total[0] = the sum of the LANES parts of sum s in S, shared, at s · PITCH."""
-    total[0] = T.float32(0)
-    for k in T.serial(LANES):
-        total[0] += S[s * PITCH + k]
+def pitch_of(lanes: int) -> int:
+    """Places in shared memory for the parts of a sum of `lanes` threads: one more than there are,
+    so that threads that add up one sum each meet no two in a bank.
+
+    The buffers are one-dimensional: TVM takes such padding out of two-dimensional ones.
+    """
+    return lanes + 1
+
+
+def lanes_sum(lanes: int):
+    """Returns the inline function `add_up(S, s, total)`: total[0] = sum s of those whose parts are
+    in S, shared.
+    """
+
+    @T.inline
+    def add_up(S, s, total):
+        total[0] = T.float32(0)
+        for k in T.serial(lanes):
+            total[0] += S[s * pitch_of(lanes) + k]
+
+    return add_up
