@@ -21,6 +21,7 @@ from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import DeviceError, InputError, OutOfMemoryError, TargetError
 from phi3c.verify import verify
+from phi3c.vulkan import devices
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "examples" / "toy" / "checkpoint"
@@ -61,9 +62,7 @@ def greedy(prompt: str, adapter: str | None = None) -> Request:
     return Request(message, SamplingParams(temperature=0, max_tokens=24), adapter=adapter)
 
 
-@pytest.mark.parametrize(
-    "quantization", ["q0f32", "q0f16", "q0bf16", "q4f32_1", "q4f16_1", "q3f16_1"]
-)
+@pytest.mark.parametrize("quantization", ["q0f32", "q0f16", "q4f32_1", "q4f16_1"])
 def test_the_toy_answers_as_on_the_cpu(toy, quantization):
     """The same tokens, though a GPU's activations are float16 in the schemes of that width."""
     requests = [greedy(prompt) for prompt in PROMPTS]
@@ -151,9 +150,9 @@ def test_a_tree_of_drafts_and_a_fork(tmp_path):
     model.check(logits[1], model.last_logits([*prompt, 51]))
 
 
-@pytest.mark.parametrize("quantization", ["q4f16_1", "q4f32_1"])
-def test_two_layers_of_phi3_mini(tmp_path, quantization):
+def test_two_layers_of_phi3_mini(tmp_path):
     """Real shapes, random weights, against the same artifact on the CPU."""
+    quantization = "q4f16_1"
     config = json.loads((ROOT / "configs" / "phi-3-mini-4k.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     options = dict(max_batch_size=2, context_length=256, prefill_chunk_size=64)
@@ -164,15 +163,15 @@ def test_two_layers_of_phi3_mini(tmp_path, quantization):
         model = phi3c.load(folder)
         cache = model.create_paged_kv_cache(max_total_seq_len=256)
         cache.add_sequence(0)
-        ids = np.random.default_rng(1).integers(0, 32064, 70)
+        ids = np.random.default_rng(1).integers(0, 32064, 26)
         logits = []
-        for part in (ids[:64], ids[64:69], ids[69:]):
+        for part in (ids[:17], ids[17:25], ids[25:]):  # the three kinds of linear
             with cache.forward([0], [len(part)]):
                 run = model.decode if len(part) == 1 else model.prefill
                 logits.append(run(model.embed(part), cache)[0].numpy().ravel())
         found[target] = np.array(logits)
     error = np.abs(found["vulkan"] - found["cpu"]).max() / np.abs(found["cpu"]).max()
-    assert error <= (2e-2 if "f16" in quantization else 1e-4), error
+    assert error <= 2e-2, error
 
 
 def test_no_message_of_the_validation_layer(toy, tmp_path):
@@ -224,10 +223,12 @@ def test_a_device_that_is_not_there_is_refused(toy):
 
 def test_pages_that_the_device_cannot_hold_are_refused(toy):
     model = phi3c.load(toy("vulkan", "q0f32"))
-    with pytest.raises((DeviceError, OutOfMemoryError), match="a layer's pages for 2000000 tokens"):
-        model.create_paged_kv_cache(max_total_seq_len=2_000_000)
     with pytest.raises(OutOfMemoryError, match="needs .* of memory .* available on vulkan:0"):
         model.create_paged_kv_cache(max_total_seq_len=2**31 - 1)
+    most = devices()[0].max_storage_buffer_range
+    tokens = most // (model.manifest.kv_layout.bytes_per_token // model.manifest.kv_layout.layers)
+    with pytest.raises(DeviceError, match="a layer's pages for .*; accepted: up to .* one buffer"):
+        model.create_paged_kv_cache(max_total_seq_len=tokens + 16)
     with pytest.raises(InputError):
         model.embed([10**9])
     assert model.embed([5]).numpy().shape[:2] == (1, 1)  # and the model lives

@@ -32,13 +32,17 @@ def register() -> None:
 
 @contextmanager
 def collected() -> Iterator[list[Kernel]]:
-    """The kernels that are emitted inside: what is made of them goes by TVM's hands."""
+    """The kernels that are emitted inside: what is made of them goes by TVM's hands. It may be
+    nested; the outer one has them all in the end."""
     kernels: list[Kernel] = []
+    outer = _collecting.get()
     token = _collecting.set(kernels)
     try:
         yield kernels
     finally:
         _collecting.reset(token)
+        if outer is not None:
+            outer += kernels
 
 
 def _build(module: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
