@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +40,10 @@ BASE = dict(
     pad_token_id=0,
 )
 
+# At every macro of a kernel TVMScript's parser describes all frames of the stack. Of code that is
+# in no file inspect seeks the module among all that are loaded, thousands with torch and
+# transformers, and finds none. That was three fourths of the time to make a kernel.
+inspect.modulesbyfile |= dict.fromkeys(("<ast>", "<string>"), "")
 
 _errors: dict[str, float] = {}  # model → largest error / logit scale of the whole run
 _kernel_errors: dict[str, float] = {}  # test of a kernel → largest error / largest value
