@@ -52,7 +52,8 @@ def compile(
 
     source: checkpoint folder, .gguf file, config JSON (random weights from `seed`), Hugging Face
     repo id, or a folder of `convert`.
-    target: `cpu` (this machine's), `cpu:<mcpu>`, `cpu:<mcpu>:<triple>` or `vulkan`.
+    target: `cpu` (this machine's), `cpu:<mcpu>`, `cpu:<mcpu>:<triple>`, `cuda:<arch>`,
+    `cuda:native` or `vulkan`.
     quantization: a scheme's name. output: new or empty folder, or an artifact to replace.
     max_batch_size: sequences in a forward; prefill_chunk_size: new tokens in a forward;
     context_length: tokens in a sequence, by default 4096 or the config's max_position_embeddings if

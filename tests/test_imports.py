@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "output_folder": {"artifact", "errors", "memory"},
     "memory": {"manifest", "tensor_file"},
     "vulkan": {"errors", "memory"},
+    "cuda": {"errors"},
     # compile wing
     "kernels": set(),
     "quantization": {"kernels", "errors"},
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     "passes": set(),
     "pipeline": {"passes"},
     "spirv": {"errors"},
-    "device_code": {"manifest", "spirv", "targets", "vulkan"},
+    "device_code": {"cuda", "manifest", "spirv", "targets", "vulkan"},
     "targets": {"kernels", "errors"},
     "linker": {"errors", "targets", "triple"},
     "weights": {"config", "errors", "quantization"},
@@ -67,12 +68,13 @@ MAY_IMPORT = {
     | {"linker", "manifest"}
     | {"model", "output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
-    "runtime": {"adapters", "artifact", "config", "errors", "manifest", "memory", "tensor_file"}
+    "runtime": {"adapters", "artifact", "config", "cuda", "errors", "manifest", "memory"}
+    | {"tensor_file"}
     | {"triple", "vulkan"},
     "engine": {"runtime", "config", "errors", "artifact", "manifest"},
     "serve": {"engine", "runtime", "config", "errors", "artifact"},
     # above both wings
-    "readiness": {"errors", "linker", "targets", "vulkan"},
+    "readiness": {"cuda", "errors", "linker", "targets", "vulkan"},
     "": {"config", "artifact", "compiler", "converter", "engine", "runtime"},
     "reference": {"config", "errors"},
     "artifact_cache": {"artifact", "compiler", "converter", "errors", "manifest", "sources"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -14,8 +14,9 @@ import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from ..artifact import Artifact
+from ..cuda.carrier import teach_loader
 from ..errors import DeviceError, OutOfMemoryError, TargetError
-from ..manifest import Manifest
+from ..manifest import TargetInfo
 from ..memory import in_units
 from ..tensor_file import tensor_bytes
 from ..vulkan import KernelTime, VulkanDevice, check_device, devices, profiled, statistics
@@ -54,24 +55,8 @@ class HostCpu:
     def check_buffer(self, what: str, size: int) -> None:
         pass
 
-    @contextmanager
-    def kernel_times(self, vm: VirtualMachine) -> Iterator[dict[str, KernelTime]]:
-        started: list[float] = []
-        spent: dict[str, list[float]] = defaultdict(list)
-
-        def instrument(function, name: str, before: bool, result, *args) -> None:
-            if before:
-                started.append(time.perf_counter())
-            else:
-                spent[name].append(time.perf_counter() - started.pop())
-
-        times: dict[str, KernelTime] = {}
-        vm.set_instrument(instrument)
-        try:
-            yield times
-        finally:
-            vm.set_instrument(lambda *_: None)
-            times |= {name: KernelTime(len(each), sum(each)) for name, each in spent.items()}
+    def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
+        return _call_times(vm)
 
 
 class VulkanGpu:
@@ -85,14 +70,9 @@ class VulkanGpu:
         return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
-        needed = sum(parts.values())
         available = self._found.memory_bytes - statistics(self._found.index).bytes_in_use
-        if needed > available:
-            detail = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
-            raise OutOfMemoryError(
-                f"{what}: needs {in_units(needed)} of memory ({detail}); found "
-                f"{in_units(max(0, available))} available on {self._found}"
-            )
+        if sum(parts.values()) > available:
+            raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
 
     def check_buffer(self, what: str, size: int) -> None:
         """Kernels count the elements of a buffer in 32 bits, but a driver may allow fewer bytes."""
@@ -107,8 +87,73 @@ class VulkanGpu:
         return profiled(self._found.index)
 
 
+class CudaGpu:
+    """An NVIDIA GPU: parameters are copied there, one at a time."""
+
+    def __init__(self, index: int):
+        self.tvm = tvm.cuda(index)
+
+    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
+        return tvm.runtime.tensor(array, self.tvm)
+
+    def check_memory(self, what: str, parts: dict[str, int]) -> None:
+        needed, available = sum(parts.values()), int(self.tvm.available_global_memory or 0)
+        if needed > available:
+            raise OutOfMemoryError(_no_room(what, parts, available, f"cuda:{self.tvm.index}"))
+
+    def check_buffer(self, what: str, size: int) -> None:
+        """Kernels count the elements of a buffer in 32 bits."""
+        if size > _CUDA_BUFFER:
+            raise DeviceError(
+                f"{what}: found {in_units(size)}; accepted: up to {in_units(_CUDA_BUFFER)}, what "
+                "kernels address"
+            )
+
+    @contextmanager
+    def kernel_times(self, vm: VirtualMachine) -> Iterator[dict[str, KernelTime]]:
+        """Each call of the virtual machine is waited for."""
+        with _call_times(vm, self.tvm.sync) as times:
+            yield times
+
+
+_CUDA_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype
+
+
+def _no_room(what: str, parts: dict[str, int], available: int, place: str) -> str:
+    detail = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
+    return (
+        f"{what}: needs {in_units(sum(parts.values()))} of memory ({detail}); found "
+        f"{in_units(max(0, available))} available on {place}"
+    )
+
+
+@contextmanager
+def _call_times(
+    vm: VirtualMachine, wait: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, KernelTime]]:
+    """Of what a virtual machine calls inside; `wait`: until a call's kernels have ended."""
+    started: list[float] = []
+    spent: dict[str, list[float]] = defaultdict(list)
+
+    def instrument(function, name: str, before: bool, result, *args) -> None:
+        if before:
+            started.append(time.perf_counter())
+        else:
+            wait()
+            spent[name].append(time.perf_counter() - started.pop())
+
+    times: dict[str, KernelTime] = {}
+    vm.set_instrument(instrument)
+    try:
+        yield times
+    finally:
+        vm.set_instrument(lambda *_: None)
+        times |= {name: KernelTime(len(each), sum(each)) for name, each in spent.items()}
+
+
 def open_device(artifact: Artifact, name: str | None) -> RunDevice:
-    """name: `cpu`, `vulkan` or `vulkan:<index>`; None: the artifact's own kind, the first of it.
+    """name: `cpu`, or `vulkan` or `cuda` with or without `:<index>`; None: the artifact's own kind,
+    the first of it.
 
     Raises TargetError for another kind, and DeviceError where there is no such device, or it lacks
     what the kernels or the weights need.
@@ -121,10 +166,35 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
             f"device: found {name!r}; accepted: {accepted}, as {artifact.path} was compiled for "
             f"{artifact.manifest.target.name}"
         )
-    return HostCpu() if kind == "cpu" else _open_vulkan(artifact.manifest, int(match[2] or 0))
+    if kind == "cpu":
+        return HostCpu()
+    index = int(match[2] or 0)
+    opened = _open_cuda if kind == "cuda" else _open_vulkan
+    device = opened(artifact.manifest.target, index)
+    for info in artifact.manifest.parameters:
+        device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
+    return device
 
 
-def _open_vulkan(manifest: Manifest, index: int) -> VulkanGpu:
+def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
+    device = tvm.cuda(index)
+    if not device.exist:
+        raise DeviceError(
+            f"device: found cuda:{index}; accepted: an NVIDIA GPU that is there, with its driver "
+            "and a TVM whose CUDA runtime finds it"
+        )
+    least, found = target.needs.arch, str(device.compute_version)
+    major, _, minor = found.partition(".")
+    if 10 * int(major) + int(minor) < int(least.removeprefix("sm_")):
+        raise DeviceError(
+            f"device: cuda:{index} has compute capability {found}; accepted: that of {least} or a "
+            f"later one, which the artifact was compiled for (target cuda:sm_{major}{minor})"
+        )
+    teach_loader()
+    return CudaGpu(index)
+
+
+def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu:
     found = devices()
     if index >= len(found):
         there = ", ".join(map(str, found)) or "none, as no driver is installed"
@@ -132,14 +202,11 @@ def _open_vulkan(manifest: Manifest, index: int) -> VulkanGpu:
             f"device: found vulkan:{index}; accepted: one that is there: {there} (a driver for "
             "CPUs, on Debian: apt install mesa-vulkan-drivers)"
         )
-    needs = manifest.target.needs
+    needs = target.needs
     check_device(
         found[index],
         shared_memory=needs.shared_bytes,
         workgroup_invocations=needs.threads,
         push_constants=needs.argument_bytes,
     )
-    device = VulkanGpu(found[index])
-    for info in manifest.parameters:
-        device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
-    return device
+    return VulkanGpu(found[index])

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 import tvm
 import tvm_ffi
 
+from ..errors import TargetError
 from .kernel import Kernel, emit_kernel
 
 _BUILD = "target.build.vulkan"
@@ -26,6 +27,7 @@ _collecting: ContextVar[list[Kernel] | None] = ContextVar("collecting", default=
 
 def register() -> None:
     """Makes TVM build for Vulkan, unless it can by itself."""
+    tvm_ffi.register_error("TargetError", TargetError)  # as it passes through TVM's C++
     if tvm_ffi.get_global_func(_BUILD, allow_missing=True) is None:
         tvm_ffi.register_global_func(_BUILD, _build)
 
