@@ -60,7 +60,7 @@ def prefill_attention(
                 mine[0] = b
 
     @T.inline
-    def key_of(slot, new, end, position, QI, POS, ENTER, LEAVE, b, key):
+    def key_of(slot, fresh, end, position, QI, POS, ENTER, LEAVE, b, key):
         """key: position, enter and leave of a slot that is counted from kv_start."""
         key[0] = NEVER
         key[1] = NEVER
@@ -68,10 +68,10 @@ def prefill_attention(
         if slot < end:
             key[0] = position
             key[1] = ALWAYS
-            if new >= 0:
-                key[0] = POS[QI[b] + new]
-                key[1] = ENTER[QI[b] + new]
-                key[2] = LEAVE[QI[b] + new]
+            if fresh >= 0:
+                key[0] = POS[QI[b] + fresh]
+                key[1] = ENTER[QI[b] + fresh]
+                key[2] = LEAVE[QI[b] + fresh]
 
     @T.inline
     def scores(K, QS, S, QP, QE, key, seen, block, kvh, lane, column, side):
@@ -97,15 +97,13 @@ def prefill_attention(
             )
 
     @T.inline
-    def softmax_step(S, A, best, total, row, tx):
+    def softmax_step(S, A, best, total, top, sum, row, tx):
         """The scores of a row become weights; A[row]: the factor of what is there already.
 
         They are kept in registers between, as every turn from reading to writing is a barrier.
         """
         score = T.alloc_buffer((KEYS // PER_ROW,), "float32", scope="local")
         mine = T.alloc_buffer((2,), "float32", scope="local")
-        top = T.alloc_buffer((1,), "float32", scope="local")
-        sum = T.alloc_buffer((1,), "float32", scope="local")
         mine[0] = T.float32(MASKED)
         for i in T.unroll(KEYS // PER_ROW):
             score[i] = S[row * KEYS + i * PER_ROW + tx]
@@ -189,6 +187,8 @@ def prefill_attention(
                         key = T.alloc_buffer((3,), "int32", scope="local")
                         best = T.alloc_buffer((1,), "float32", scope="local")
                         total = T.alloc_buffer((1,), "float32", scope="local")
+                        top = T.alloc_buffer((1,), "float32", scope="local")
+                        sum = T.alloc_buffer((1,), "float32", scope="local")
                         O = T.alloc_buffer((VALUE_ROWS * dims,), "float32", scope="local")
                         flat: T.let = ty * PER_ROW + tx
                         tile_of(QI, batch, T.Cast("int32", place), mine)
@@ -224,9 +224,9 @@ def prefill_attention(
                             base: T.let = first_block + step * CHUNK
                             column: T.let = flat % KEYS
                             slot: T.let = base * KV_BLOCK + column
-                            new: T.let = START[b] + slot - LENGTH[b]
+                            fresh: T.let = START[b] + slot - LENGTH[b]
                             key_of(
-                                slot, new, end, START[b] + slot, QI, POS, ENTER, LEAVE, b, key
+                                slot, fresh, end, START[b] + slot, QI, POS, ENTER, LEAVE, b, key
                             )  # fmt: skip
                             seen: T.let = slot < end
                             block: T.let = T.if_then_else(seen, B[BI[b] + slot // KV_BLOCK], 0)
@@ -234,7 +234,7 @@ def prefill_attention(
                                 K, QS, S, QP, QE, key, seen, block, h // group,
                                 column % KV_BLOCK, column, flat // KEYS,
                             )  # fmt: skip
-                            softmax_step(S, A, best, total, ty, tx)
+                            softmax_step(S, A, best, total, top, sum, ty, tx)
                             # Slots past the end hold nothing, not even zeros: 0 · NaN would stay.
                             here: T.let = T.min(end - base * KV_BLOCK, KEYS)
                             weighted_values(
