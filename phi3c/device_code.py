@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from . import metal
 from .manifest import DeviceNeeds
 from .spirv.codegen import collected, register
 from .spirv.kernel import POD_BYTES, Kernel
@@ -16,10 +17,15 @@ from .vulkan import load_runtime
 def device_code(place: Target) -> Iterator[Callable[[], DeviceNeeds | None]]:
     """Inside, TVM can build for the target; then the function says what was built.
 
-    Raises DeviceError where the part of TVM's runtime that holds the code cannot be compiled.
+    Raises DeviceError where the part of TVM's runtime that holds the code cannot be compiled, and
+    TargetError where a kernel asks for more than every device grants.
     """
     if place.device == "cpu":
         yield lambda: None
+        return
+    if place.device == "metal":
+        with metal.collected() as built:
+            yield lambda: _metal_needs(built)
         return
     load_runtime()
     register()
@@ -35,5 +41,15 @@ def _needs(kernels: Sequence[Kernel]) -> DeviceNeeds:
         threads=max(threads),
         shared_bytes=max(kernel.shared_bytes for kernel in kernels),
         argument_bytes=POD_BYTES * max(plain),
+        storage_bits=min(kernel.storage_bits for kernel in kernels),
+    )
+
+
+def _metal_needs(kernels: Sequence[metal.MetalKernel]) -> DeviceNeeds:
+    return DeviceNeeds(
+        kernels=len(kernels),
+        threads=max(kernel.threads for kernel in kernels),
+        shared_bytes=max(kernel.shared_bytes for kernel in kernels),
+        argument_bytes=metal.PLAIN_BYTES * max(kernel.plain for kernel in kernels),
         storage_bits=min(kernel.storage_bits for kernel in kernels),
     )

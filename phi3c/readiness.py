@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import tvm
+
+from . import metal
 from .errors import DeviceError, TargetError
 from .linker import find_linker
 from .targets import parse_target
@@ -25,7 +28,7 @@ class Readiness:
 
 def readiness() -> list[Readiness]:
     """Of every kind of target."""
-    return [_cpu(), _vulkan()]
+    return [_cpu(), _vulkan(), _metal()]
 
 
 def _cpu() -> Readiness:
@@ -52,6 +55,18 @@ def _vulkan() -> Readiness:
     if lowers:
         _works(look, missing)
     return Readiness("vulkan", lowers, links, tuple(found), tuple(dict.fromkeys(missing)))
+
+
+def _metal() -> Readiness:
+    missing: list[str] = []
+    lowers = metal.available()
+    if not lowers:
+        missing.append("metal: this TVM was built without a code generator for Metal")
+    links = _works(lambda: find_linker(parse_target("metal")), missing)
+    found = [f"metal:{index}" for index in range(8) if tvm.metal(index).exist]
+    if not found:
+        missing.append("metal: found no device; only a Mac has one, and this machine links for it")
+    return Readiness("metal", lowers, links, tuple(found), tuple(missing))
 
 
 def _works(action: Callable[[], object], missing: list[str]) -> bool:

@@ -1,9 +1,9 @@
 """Target names → TVM targets and the kernels that fit them.
 
-`vulkan` is any GPU with Vulkan 1.1 and 16-bit storage, in a machine like this one. `cpu` is this
-machine's CPU, `cpu:<mcpu>` another one of this architecture by LLVM's name
-(`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of any machine
-(`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
+`vulkan` is any GPU with Vulkan 1.1 and 16-bit storage, in a machine like this one. `metal` is the
+GPU of any Mac with one of Apple's own chips. `cpu` is this machine's CPU, `cpu:<mcpu>` another one
+of this architecture by LLVM's name (`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of any
+machine (`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _AARCH64_FLAGS = {
     "sve2p1": "sve2p1",
 }
 
-_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, vulkan"
+_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, vulkan, metal"
 # The systems that TVM's runtime is built for; LLVM would end the process on some other names.
 _TRIPLE = re.compile(r"(x86_64|aarch64|arm64)-((\w+-)?linux-gnu|apple-(darwin|macos)[\d.]*)")
 
@@ -90,7 +90,7 @@ _TRIPLE = re.compile(r"(x86_64|aarch64|arm64)-((\w+-)?linux-gnu|apple-(darwin|ma
 class Target:
     """A place to compile for.
 
-    device: what runs the kernels, `cpu` or `vulkan`. mcpu, mtriple: of the CPU, a GPU's host too;
+    device: what runs the kernels, `cpu`, `vulkan` or `metal`. mcpu, mtriple: of the CPU, a GPU's host too;
     cpu_flags: what the code needs of it, as Linux names it.
     """
 
@@ -107,6 +107,8 @@ def parse_target(name: str) -> Target:
     """A name in one of the forms above → Target. Raises TargetError naming what is accepted."""
     if name == "vulkan":
         return _vulkan()
+    if name == "metal":
+        return _metal()
     kind, *parts = name.split(":")
     if kind != "cpu" or len(parts) > 2 or not all(parts):
         raise TargetError(f"target: found {name!r}; accepted: {_FORMS}")
@@ -147,6 +149,28 @@ def _vulkan() -> Target:
         }
     )
     return Target("vulkan", "vulkan", target, kernels, mcpu, triple, ())
+
+
+def _metal() -> Target:
+    """Its host code runs on every Mac with an Apple chip.
+
+    thread_warp_size 1: sums over threads go through shared memory, as on Vulkan, where the same
+    kernels are tested. TVM would make simd_shuffle of them and, for several sums in a simdgroup,
+    name lanes past its end: Metal leaves the result open, where CUDA takes the rest.
+    """
+    triple, mcpu = "arm64-apple-macos", "apple-m1"
+    kernels = GpuKernels("float32")
+    target = tvm.target.Target(
+        {
+            "kind": "metal",
+            "host": {"kind": "llvm", "mtriple": triple, "mcpu": mcpu},
+            "max_num_threads": kernels.limits.threads,
+            "max_threads_per_block": kernels.limits.threads,
+            "max_shared_memory_per_block": kernels.limits.shared_bytes,
+            "thread_warp_size": 1,
+        }
+    )
+    return Target("metal", "metal", target, kernels, mcpu, triple, ())
 
 
 def _checked_triple(name: str, triple: str) -> str:

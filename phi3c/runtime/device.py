@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import tvm
@@ -40,6 +40,9 @@ class RunDevice(Protocol):
         """Times what `vm` runs inside; filled at the end."""
 
 
+Gpu = TypeVar("Gpu", bound=RunDevice)
+
+
 class HostCpu:
     """The CPU: parameters stay where they are mapped, tensors have any size."""
 
@@ -54,24 +57,8 @@ class HostCpu:
     def check_buffer(self, what: str, size: int) -> None:
         pass
 
-    @contextmanager
-    def kernel_times(self, vm: VirtualMachine) -> Iterator[dict[str, KernelTime]]:
-        started: list[float] = []
-        spent: dict[str, list[float]] = defaultdict(list)
-
-        def instrument(function, name: str, before: bool, result, *args) -> None:
-            if before:
-                started.append(time.perf_counter())
-            else:
-                spent[name].append(time.perf_counter() - started.pop())
-
-        times: dict[str, KernelTime] = {}
-        vm.set_instrument(instrument)
-        try:
-            yield times
-        finally:
-            vm.set_instrument(lambda *_: None)
-            times |= {name: KernelTime(len(each), sum(each)) for name, each in spent.items()}
+    def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
+        return _timed_calls(vm, lambda: None)
 
 
 class VulkanGpu:
@@ -107,8 +94,70 @@ class VulkanGpu:
         return profiled(self._found.index)
 
 
+class MetalGpu:
+    """A Mac's GPU, by TVM's own runtime. No part of it has been run: there was no Mac."""
+
+    def __init__(self, index: int, storage_bits: int):
+        """storage_bits: the narrowest values in buffers. Raises DeviceError if it is not there."""
+        self.tvm = tvm.metal(index)
+        if not self.tvm.exist:
+            raise DeviceError(
+                f"device: found metal:{index}; accepted: one that is there, for a TVM that was "
+                "built with Metal"
+            )
+        self._most = 2**31 * storage_bits // 8
+
+    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
+        return tvm.runtime.tensor(array, self.tvm)
+
+    def check_memory(self, what: str, parts: dict[str, int]) -> None:
+        """Against the working set that Metal recommends, what is in use of it unknown: the GPU's
+        memory is the machine's."""
+        needed, most = sum(parts.values()), self.tvm.total_global_memory
+        if most and needed > most:
+            detail = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
+            raise OutOfMemoryError(
+                f"{what}: needs {in_units(needed)} of memory ({detail}); Metal recommends up to "
+                f"{in_units(most)}"
+            )
+
+    def check_buffer(self, what: str, size: int) -> None:
+        """Kernels count the elements of a buffer in 32 bits."""
+        if size > self._most:
+            raise DeviceError(
+                f"{what}: found {in_units(size)}; accepted: up to {in_units(self._most)}, what "
+                "kernels for Metal take as one buffer"
+            )
+
+    def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
+        """Of calls that wait for the GPU, so their sum is more than the time without this."""
+        return _timed_calls(vm, self.tvm.sync)
+
+
+@contextmanager
+def _timed_calls(vm: VirtualMachine, finish: Callable[[], None]) -> Iterator[dict[str, KernelTime]]:
+    """Times every call of the virtual machine, until `finish` returns."""
+    started: list[float] = []
+    spent: dict[str, list[float]] = defaultdict(list)
+
+    def instrument(function, name: str, before: bool, result, *args) -> None:
+        finish()
+        if before:
+            started.append(time.perf_counter())
+        else:
+            spent[name].append(time.perf_counter() - started.pop())
+
+    times: dict[str, KernelTime] = {}
+    vm.set_instrument(instrument)
+    try:
+        yield times
+    finally:
+        vm.set_instrument(lambda *_: None)
+        times |= {name: KernelTime(len(each), sum(each)) for name, each in spent.items()}
+
+
 def open_device(artifact: Artifact, name: str | None) -> RunDevice:
-    """name: `cpu`, `vulkan` or `vulkan:<index>`; None: the artifact's own kind, the first of it.
+    """name: `cpu`, `vulkan`, `metal` or one of these with `:<index>`; None: the artifact's own kind, the first of it.
 
     Raises TargetError for another kind, and DeviceError where there is no such device, or it lacks
     what the kernels or the weights need.
@@ -121,7 +170,10 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
             f"device: found {name!r}; accepted: {accepted}, as {artifact.path} was compiled for "
             f"{artifact.manifest.target.name}"
         )
-    return HostCpu() if kind == "cpu" else _open_vulkan(artifact.manifest, int(match[2] or 0))
+    index = int(match[2] or 0)
+    if kind == "cpu":
+        return HostCpu()
+    return {"vulkan": _open_vulkan, "metal": _open_metal}[kind](artifact.manifest, index)
 
 
 def _open_vulkan(manifest: Manifest, index: int) -> VulkanGpu:
@@ -139,7 +191,15 @@ def _open_vulkan(manifest: Manifest, index: int) -> VulkanGpu:
         workgroup_invocations=needs.threads,
         push_constants=needs.argument_bytes,
     )
-    device = VulkanGpu(found[index])
+    return _checked_parameters(VulkanGpu(found[index]), manifest)
+
+
+def _open_metal(manifest: Manifest, index: int) -> MetalGpu:
+    """Kernels need no more than every Mac's GPU grants: metal.py, when they were compiled."""
+    return _checked_parameters(MetalGpu(index, manifest.target.needs.storage_bits), manifest)
+
+
+def _checked_parameters(device: Gpu, manifest: Manifest) -> Gpu:
     for info in manifest.parameters:
         device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
     return device
