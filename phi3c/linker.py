@@ -111,13 +111,8 @@ def _zig(triple: str) -> Link | None:
     if found is None or found.origin is None:
         return None
     zig = Path(found.origin).with_name("zig")
-    command = [
-        str(zig),
-        "cc",
-        f"--target={architecture(triple)}-macos.{_OLDEST_MACOS}",
-        "-shared",
-        "-g0",
-    ]
+    target = f"--target={architecture(triple)}-macos.{_OLDEST_MACOS}"
+    command = [str(zig), "cc", target, "-shared", "-g0"]
 
     def link(output: str, objects: list[str], options: list[str] | None = None) -> None:
         all_options = [*_DYLIB, *_OPTIONS, *(options or [])]

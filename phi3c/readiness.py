@@ -65,7 +65,7 @@ def _metal() -> Readiness:
     links = _works(lambda: find_linker(parse_target("metal")), missing)
     found = [f"metal:{index}" for index in range(8) if tvm.metal(index).exist]
     if not found:
-        missing.append("metal: found no device; only a Mac has one, and this machine links for it")
+        missing.append("metal: found no device: only a Mac has one, to which artifacts are copied")
     return Readiness("metal", lowers, links, tuple(found), tuple(missing))
 
 

@@ -2,8 +2,8 @@
 
 `vulkan` is any GPU with Vulkan 1.1 and 16-bit storage, in a machine like this one. `metal` is the
 GPU of any Mac with one of Apple's own chips. `cpu` is this machine's CPU, `cpu:<mcpu>` another one
-of this architecture by LLVM's name (`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of any
-machine (`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
+of this architecture by LLVM's name (`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of
+any machine (`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ _TRIPLE = re.compile(r"(x86_64|aarch64|arm64)-((\w+-)?linux-gnu|apple-(darwin|ma
 class Target:
     """A place to compile for.
 
-    device: what runs the kernels, `cpu`, `vulkan` or `metal`. mcpu, mtriple: of the CPU, a GPU's host too;
-    cpu_flags: what the code needs of it, as Linux names it.
+    device: what runs the kernels, `cpu`, `vulkan` or `metal`. mcpu, mtriple: of the CPU, a GPU's
+    host too; cpu_flags: what the code needs of it, as Linux names it.
     """
 
     name: str

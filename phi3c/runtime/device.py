@@ -157,7 +157,8 @@ def _timed_calls(vm: VirtualMachine, finish: Callable[[], None]) -> Iterator[dic
 
 
 def open_device(artifact: Artifact, name: str | None) -> RunDevice:
-    """name: `cpu`, `vulkan`, `metal` or one of these with `:<index>`; None: the artifact's own kind, the first of it.
+    """name: `cpu`, `vulkan`, `vulkan:<index>`, `metal` or `metal:<index>`; None: the artifact's own
+    kind, the first of it.
 
     Raises TargetError for another kind, and DeviceError where there is no such device, or it lacks
     what the kernels or the weights need.

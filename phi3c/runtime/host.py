@@ -16,8 +16,8 @@ def check_cpu(artifact: Artifact) -> None:
     target = artifact.manifest.target
     if not artifact.linked:
         raise ArtifactError(
-            f"{artifact.library}: objects for {target.mtriple} that are not linked; run `phi3c link "
-            f"{artifact.path}` on a Mac with Xcode's command line tools, or anywhere with the "
+            f"{artifact.library}: objects for {target.mtriple} that are not linked; run `phi3c "
+            f"link {artifact.path}` on a Mac with Xcode's command line tools, or anywhere with the "
             "package ziglang"
         )
     if not runs_here(target.mtriple):
