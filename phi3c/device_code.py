@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from . import metal
 from .cuda import codegen as cuda
 from .manifest import DeviceNeeds
 from .spirv.codegen import collected, register
@@ -17,11 +18,15 @@ from .vulkan import load_runtime
 def device_code(place: Target) -> Iterator[Callable[[], DeviceNeeds | None]]:
     """Inside, TVM can build for the target; then the function says what was built.
 
-    Raises DeviceError where the part of TVM's runtime that holds the code cannot be compiled.
+    Raises DeviceError where the part of TVM's runtime that holds the code cannot be compiled, and
+    TargetError where a kernel asks for more than every device grants.
     """
     if place.device == "cuda":
         with cuda.collected(place.arch) as made:
             yield lambda: _cuda_needs(made)
+    elif place.device == "metal":
+        with metal.collected() as built:
+            yield lambda: _metal_needs(built)
     elif place.device == "vulkan":
         load_runtime()
         register()
@@ -52,4 +57,14 @@ def _vulkan_needs(kernels: Sequence[Kernel]) -> DeviceNeeds:
         shared_bytes=max(kernel.shared_bytes for kernel in kernels),
         code_bytes=sum(len(kernel.spirv) for kernel in kernels),
         argument_bytes=POD_BYTES * max(plain),
+    )
+
+
+def _metal_needs(kernels: Sequence[metal.MetalKernel]) -> DeviceNeeds:
+    return DeviceNeeds(
+        kernels=len(kernels),
+        threads=max(kernel.threads for kernel in kernels),
+        shared_bytes=max(kernel.shared_bytes for kernel in kernels),
+        code_bytes=0,  # source: it is in the library as text
+        argument_bytes=metal.PLAIN_BYTES * max(kernel.plain for kernel in kernels),
     )

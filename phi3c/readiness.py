@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import tvm
 
+from . import metal
 from .cuda import nvrtc
 from .errors import DeviceError, TargetError
 from .linker import find_linker
@@ -28,7 +29,7 @@ class Readiness:
 
 def readiness() -> list[Readiness]:
     """Of every kind of target."""
-    return [_cpu(), _cuda(), _vulkan()]
+    return [_cpu(), _cuda(), _vulkan(), _metal()]
 
 
 def _cpu() -> Readiness:
@@ -68,6 +69,18 @@ def _vulkan() -> Readiness:
     if lowers:
         _works(look, missing)
     return Readiness("vulkan", lowers, links, tuple(found), tuple(dict.fromkeys(missing)))
+
+
+def _metal() -> Readiness:
+    missing: list[str] = []
+    lowers = metal.available()
+    if not lowers:
+        missing.append("metal: this TVM was built without a code generator for Metal")
+    links = _works(lambda: find_linker(parse_target("metal")), missing)
+    found = [f"metal:{index}" for index in range(8) if tvm.metal(index).exist]
+    if not found:
+        missing.append("metal: found no device: only a Mac has one, to which artifacts are copied")
+    return Readiness("metal", lowers, links, tuple(found), tuple(missing))
 
 
 def _works(action: Callable[[], object], missing: list[str]) -> bool:

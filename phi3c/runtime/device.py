@@ -87,26 +87,29 @@ class VulkanGpu:
         return profiled(self._found.index)
 
 
-class CudaGpu:
-    """An NVIDIA GPU: parameters are copied there, one at a time."""
+class TvmGpu:
+    """A GPU whose runtime TVM brings, CUDA's or Metal's: parameters are copied there, one at a
+    time. Neither has been run: there was no such GPU."""
 
-    def __init__(self, index: int):
-        self.tvm = tvm.cuda(index)
+    def __init__(self, device: tvm.runtime.Device):
+        self.tvm = device
 
     def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
         return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
-        needed, available = sum(parts.values()), int(self.tvm.available_global_memory or 0)
-        if needed > available:
-            raise OutOfMemoryError(_no_room(what, parts, available, f"cuda:{self.tvm.index}"))
+        """Against what is free; on a Mac, whose memory is the GPU's too, against what Metal
+        recommends to use."""
+        available = self.tvm.available_global_memory or self.tvm.total_global_memory
+        if available and sum(parts.values()) > available:
+            raise OutOfMemoryError(_no_room(what, parts, int(available), str(self.tvm)))
 
     def check_buffer(self, what: str, size: int) -> None:
         """Kernels count the elements of a buffer in 32 bits."""
-        if size > _CUDA_BUFFER:
+        if size > _LARGEST_BUFFER:
             raise DeviceError(
-                f"{what}: found {in_units(size)}; accepted: up to {in_units(_CUDA_BUFFER)}, what "
-                "kernels address"
+                f"{what}: found {in_units(size)}; accepted: up to {in_units(_LARGEST_BUFFER)}, "
+                "what kernels address"
             )
 
     @contextmanager
@@ -116,7 +119,7 @@ class CudaGpu:
             yield times
 
 
-_CUDA_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype
+_LARGEST_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype
 
 
 def _no_room(what: str, parts: dict[str, int], available: int, place: str) -> str:
@@ -152,8 +155,8 @@ def _call_times(
 
 
 def open_device(artifact: Artifact, name: str | None) -> RunDevice:
-    """name: `cpu`, or `vulkan` or `cuda` with or without `:<index>`; None: the artifact's own kind,
-    the first of it.
+    """name: `cpu`, or `cuda`, `metal` or `vulkan`, with or without `:<index>`; None: the artifact's
+    own kind, the first of it.
 
     Raises TargetError for another kind, and DeviceError where there is no such device, or it lacks
     what the kernels or the weights need.
@@ -169,14 +172,14 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
     if kind == "cpu":
         return HostCpu()
     index = int(match[2] or 0)
-    opened = _open_cuda if kind == "cuda" else _open_vulkan
+    opened = {"cuda": _open_cuda, "metal": _open_metal, "vulkan": _open_vulkan}[kind]
     device = opened(artifact.manifest.target, index)
     for info in artifact.manifest.parameters:
         device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
     return device
 
 
-def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
+def _open_cuda(target: TargetInfo, index: int) -> TvmGpu:
     device = tvm.cuda(index)
     if not device.exist:
         raise DeviceError(
@@ -191,7 +194,18 @@ def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
             f"later one, which the artifact was compiled for (target cuda:sm_{major}{minor})"
         )
     teach_loader()
-    return CudaGpu(index)
+    return TvmGpu(device)
+
+
+def _open_metal(target: TargetInfo, index: int) -> TvmGpu:
+    """Kernels ask for no more than every Mac's GPU grants: metal.py, when they were compiled."""
+    device = tvm.metal(index)
+    if not device.exist:
+        raise DeviceError(
+            f"device: found metal:{index}; accepted: one that is there, for a TVM that was built "
+            "with Metal"
+        )
+    return TvmGpu(device)
 
 
 def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu:
