@@ -68,6 +68,7 @@ def _register() -> None:
         return
     if not available():
         raise TargetError("metal: this TVM was built without a code generator for Metal")
+    tvm_ffi.register_error("TargetError", TargetError)  # as it passes through TVM's C++
     generate = tvm_ffi.get_global_func(_BUILD)
 
     def build(module: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:

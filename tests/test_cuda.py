@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import re
+import struct
 import zlib
 from pathlib import Path
 
 import pytest
 import tvm
+import tvm_ffi
+from tvm.script import tirx as T
 
 import phi3c
 from phi3c.compiler import compile_library
 from phi3c.config import Phi3Config
-from phi3c.cuda import carrier, nvrtc
+from phi3c.cuda import carrier, codegen, nvrtc
 from phi3c.errors import ArtifactError, DeviceError, TargetError
 from phi3c.manifest import Limits
 from phi3c.quantization.scheme import parse_scheme
@@ -61,12 +64,25 @@ def test_a_library_carries_machine_code_of_every_kernel(artifact):
     assert 32 <= needs.threads <= 256 and 0 < needs.shared_bytes <= 48 * 1024
 
 
-def test_another_architecture_has_other_code(artifact, tmp_path):
-    other = phi3c.compile(
-        ROOT / "configs" / "tiny.json", "cuda", "q0f16", tmp_path / "tiny", max_batch_size=2
-    )
-    assert other.manifest.target.needs.arch == "sm_80"
-    assert fat_binary(other.library) != fat_binary(artifact.library)
+def architectures(code: bytes) -> set[int]:
+    """Of the ELF files in a fat binary: the second byte of their flags."""
+    places = [match.start() for match in re.finditer(b"\x7fELF", code)]
+    return {struct.unpack_from("<I", code, place + 48)[0] >> 8 & 0xFF for place in places}
+
+
+def test_the_code_is_for_the_architecture_that_was_asked_for(artifact):
+    assert architectures(fat_binary(artifact.library)) == {90}
+    empty = 'extern "C" __global__ void f() {}'
+    for arch in (80, 89, 120):
+        code = nvrtc.compile_source(empty, f"sm_{arch}").fat_binary
+        assert architectures(code) == {arch}
+
+
+def test_a_kernel_that_spills_registers_is_compiled(tmp_path):
+    """The toy's prefill attention in float32: slower, not wrong."""
+    toy = ROOT / "examples" / "toy" / "checkpoint"
+    made = phi3c.compile(toy, "cuda:sm_80", "q0f32", tmp_path / "toy")
+    assert made.manifest.target.needs.arch == "sm_80"
 
 
 @pytest.mark.parametrize(("target", "quantization"), [("cuda:sm_90", "q4f16_1"), ("cuda", "q0f16")])
@@ -74,8 +90,11 @@ def test_all_of_phi3_mini(tmp_path, target, quantization):
     config = Phi3Config.from_file(ROOT / "configs" / "phi-3-mini-4k.json")
     place = parse_target(target)
     scheme = parse_scheme(quantization).on(place.device)
-    made = compile_library(config, scheme, place, Limits(8, 4096, 512), tmp_path / "model.so")
-    assert made.needs.kernels == 36
+    with codegen.collected(place.arch) as collected:
+        made = compile_library(config, scheme, place, Limits(8, 4096, 512), tmp_path / "model.so")
+    kernels = [kernel for code in collected.codes for kernel in code.kernels]
+    assert made.needs.kernels == len(kernels) == 36
+    assert not [kernel for kernel in kernels if kernel.spilled]
     assert made.needs.threads <= 256 and made.needs.shared_bytes <= 48 * 1024
 
 
@@ -83,6 +102,23 @@ def test_the_loader_unpacks_what_is_carried(artifact):
     code = fat_binary(artifact.library)
     assert carrier.fat_binary_of(carrier.carried(code)) == code
     assert carrier.fat_binary_of('extern "C" __global__ void f() {}') is None
+    carrier.teach_loader()
+    unpack = tvm_ffi.get_global_func("tvm_callback_cuda_compile")  # what TVM calls
+    assert bytes(unpack(carrier.carried(code))) == code
+
+
+def test_outside_a_compilation_tvm_builds_as_ever(artifact):
+    """The functions of TVM that were wrapped are those of other programs too."""
+
+    @T.prim_func(s_tir=True)
+    def add_one(a: T.handle):
+        A = T.match_buffer(a, (64,), "float32")
+        for t in T.thread_binding(64, thread="threadIdx.x"):
+            A[t] = A[t] + T.float32(1)
+
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90", "host": "llvm"})
+    built = tvm.compile(tvm.IRModule({"main": add_one}), target=target)
+    assert "__global__" in built.mod.imports[0].inspect_source("cuda")
 
 
 def test_a_source_that_does_not_compile_is_refused():
@@ -101,6 +137,19 @@ def test_what_a_kernel_takes_is_told():
 
 
 # Bad input
+
+
+def test_what_nvrtc_refuses_is_the_error_of_compile(monkeypatch, tmp_path):
+    """Through TVM, which calls our function from C++."""
+
+    def refuse(source, arch):
+        raise TargetError(f"target: cuda:{arch}: NVRTC refuses")
+
+    monkeypatch.setattr(codegen, "compile_source", refuse)
+    config = ROOT / "configs" / "tiny.json"
+    with pytest.raises(TargetError, match="cuda:sm_90: NVRTC refuses"):
+        phi3c.compile(config, "cuda:sm_90", "q0f16", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("name", ["cuda:sm_70", "cuda:sm_90a", "cuda:", "cuda:90"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import phi3c
-from phi3c import linker
+from phi3c import linker, metal
 from phi3c.cli import main
 from phi3c.errors import ArtifactError, TargetError
 from phi3c.link import link
@@ -112,16 +112,23 @@ def test_changed_objects_are_noticed(objects, tmp_path):
         phi3c.Artifact.open(copy).check_integrity()
 
 
+@foreign
 def test_compile_says_what_is_left_to_do(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(linker, "_clang", lambda triple: None)
     monkeypatch.setattr(linker, "_zig", lambda triple: None)
     config = str(ROOT / "configs" / "tiny.json")
     where = str(tmp_path / "made")
     options = ["--target", "cpu:apple-m1:arm64-apple-macos", "--quantization", "q0f16"]
-    if sys.platform == "darwin":
-        pytest.skip("a Mac links")
     assert main(["compile", config, "-o", where, *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["linked"] is False
+
+
+def test_a_kernel_that_asks_for_too_much_is_refused_by_compile(monkeypatch, tmp_path):
+    monkeypatch.setattr(metal, "SHARED_BYTES", 64)
+    config = ROOT / "configs" / "tiny.json"
+    with pytest.raises(TargetError, match="metal: the kernel .*bytes of threadgroup memory"):
+        phi3c.compile(config, "metal", "q0f16", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from spirv import VALIDATOR, emitted, lowered
 from tvm.script import tirx as T
 from vulkan_device import needs_device, run
 
+import phi3c
 from phi3c.errors import TargetError
+from phi3c.spirv import codegen
 from phi3c.spirv.codegen import emit, module_bytes
 from phi3c.spirv.module import DType, Module, text
 from phi3c.vulkan import devices
@@ -369,6 +372,19 @@ def test_what_has_no_spirv_is_named(value, named):
     function = elementwise(value, ["float32"], "float32")
     with pytest.raises(TargetError, match=f"the kernel main_kernel: no SPIR-V for {named}"):
         emit(lowered(function))
+
+
+def test_the_error_goes_through_tvm(monkeypatch, tmp_path):
+    """TVM calls the emitter from C++; what it raises is the error of compile."""
+
+    def refuse(function):
+        raise TargetError("vulkan: the kernel f: no SPIR-V for it")
+
+    monkeypatch.setattr(codegen, "emit_kernel", refuse)
+    config = Path(__file__).parent.parent / "configs" / "tiny.json"
+    with pytest.raises(TargetError, match="vulkan: the kernel f: no SPIR-V for it"):
+        phi3c.compile(config, "vulkan", "q0f16", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def test_memory_of_another_scope_is_named():

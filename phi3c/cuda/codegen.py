@@ -12,7 +12,7 @@ import tvm
 import tvm_ffi
 
 from ..errors import TargetError
-from .carrier import carried
+from .carrier import carried, teach_loader
 from .nvrtc import DeviceCode, compile_source
 
 _BUILD, _AFTER = "target.build.cuda", "tvm_callback_cuda_postproc"
@@ -35,15 +35,19 @@ _collecting: ContextVar[Collected | None] = ContextVar("collecting", default=Non
 def collected(arch: str) -> Iterator[Collected]:
     """Inside, TVM's modules for CUDA are machine code. arch: such as sm_90.
 
-    Raises TargetError (NVRTC's packages, kernels that it refuses or that do not fit registers).
+    It may be nested; the outer one has all in the end. Raises TargetError (NVRTC's packages, kernels
+    that it refuses).
     """
     _register()
-    made = Collected(arch)
+    made, outer = Collected(arch), _collecting.get()
     token = _collecting.set(made)
     try:
         yield made
     finally:
         _collecting.reset(token)
+        if outer is not None:
+            outer.codes += made.codes
+            outer.threads |= made.threads
 
 
 _registered = False
@@ -55,6 +59,7 @@ def _register() -> None:
     if _registered:
         return
     tvm_ffi.register_error("TargetError", TargetError)  # as it passes through TVM's C++
+    teach_loader()  # where TVM finds a GPU, it loads at once what it has built
     build = tvm_ffi.get_global_func(_BUILD)
     after = tvm_ffi.get_global_func(_AFTER, allow_missing=True)
 
@@ -77,10 +82,4 @@ def _compiled(source: str, made: Collected) -> str:
     code = compile_source(source, made.arch)
     made.codes.append(code)
     made.threads |= {name: int(threads) for threads, name in _LAUNCH.findall(source)}
-    if spilled := [kernel for kernel in code.kernels if kernel.spilled]:
-        kernel = spilled[0]
-        raise TargetError(
-            f"target: cuda:{made.arch}: the kernel {kernel.name}: {kernel.spilled} bytes find no "
-            f"register beside {kernel.registers}"
-        )
     return carried(code.fat_binary)

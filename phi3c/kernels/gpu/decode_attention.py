@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 
 from ..layout import KV_BLOCK
 from ..root import hand_scheduled
+from .ragged import sequence_of
 from .reduce import reduction
 from .softmax import MASKED, UNMASKED
 
@@ -41,6 +42,7 @@ def decode_attention(
 
     largest = reduction(T.max, MASKED)
     added = reduction(operator.add, 0.0)
+    find = sequence_of(SPLIT)
 
     @T.inline
     def attend(Q, K, V, B, b, first, at, n_keys, start, low, high, QS, S, O, M, L, tx):
@@ -103,14 +105,6 @@ def decode_attention(
                     for g in T.unroll(own):
                         O[i * own + g] += S[g * keys + key] * v
 
-    @T.inline
-    def part_of(BI, batch, place, mine):
-        """A sequence's parts begin at BI[b] // SPLIT + b: room for all, and none overlap."""
-        mine[0] = 0
-        for b in T.serial(T.Cast("int32", batch)):
-            if place >= BI[b] // SPLIT + b:
-                mine[0] = b
-
     @T.prim_func(private=True, s_tir=True)
     def func(
         q: T.handle,
@@ -145,7 +139,7 @@ def decode_attention(
                     O = T.alloc_buffer((dims * own,), "float32", scope="local")
                     M = T.alloc_buffer((own,), "float32", scope="local")
                     L = T.alloc_buffer((own,), "float32", scope="local")
-                    part_of(BI, batch, T.Cast("int32", place), mine)
+                    find(BI, batch, T.Cast("int32", place), mine)
                     b: T.let = mine[0]
                     part: T.let = T.Cast("int32", place) - BI[b] // SPLIT - b
                     high: T.let = POS[b]

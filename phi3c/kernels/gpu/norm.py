@@ -1,10 +1,12 @@
 """RMSNorm in float32 (Zhang & Sennrich 2019; config field rms_norm_eps)."""
 
+import operator
+
 from tvm.script import tirx as T
 
 from ..root import hand_scheduled
 from .limits import GpuLimits
-from .sums import workgroup_sum
+from .reduce import reduction
 
 
 def rms_norm(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
@@ -14,7 +16,7 @@ def rms_norm(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
     """
     threads = limits.threads
     steps = -(-hidden_size // threads)
-    add_up = workgroup_sum(limits)
+    added = reduction(operator.add, 0.0)
 
     @T.prim_func(private=True, s_tir=True)
     def func(x: T.handle, weight: T.handle, out: T.handle):
@@ -26,19 +28,19 @@ def rms_norm(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
             for tx in T.thread_binding(threads, thread="threadIdx.x"):
                 part = T.alloc_buffer((1,), "float32", scope="local")
                 total = T.alloc_buffer((1,), "float32", scope="local")
-                S = T.alloc_buffer((2 * threads,), "float32", scope="shared")
+                inverse = T.alloc_buffer((1,), "float32", scope="local")
                 part[0] = T.float32(0)
                 for j in T.serial(steps):
                     if j * threads + tx < hidden_size:
                         value: T.let = T.Cast("float32", X[i, j * threads + tx])
                         part[0] += value * value
-                add_up(part, S, total, tx)
-                total[0] = T.float32(1) / T.sqrt(
+                added(part[0], total, tx)
+                inverse[0] = T.float32(1) / T.sqrt(
                     total[0] * T.float32(1 / hidden_size) + T.float32(eps)
                 )
                 for j in T.serial(steps):
                     k = T.meta_var(j * threads + tx)
                     if k < hidden_size:
-                        O[i, k] = T.Cast(dtype, T.Cast("float32", X[i, k]) * total[0] * W[k])
+                        O[i, k] = T.Cast(dtype, T.Cast("float32", X[i, k]) * inverse[0] * W[k])
 
     return hand_scheduled(func)

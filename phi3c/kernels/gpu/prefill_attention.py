@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 
 from ..layout import KV_BLOCK
 from ..root import hand_scheduled
+from .ragged import sequence_of
 from .reduce import reduction
 from .softmax import MASKED, UNMASKED
 
@@ -50,14 +51,7 @@ def prefill_attention(
 
     largest = reduction(T.max, MASKED)
     added = reduction(operator.add, 0.0)
-
-    @T.inline
-    def tile_of(QI, batch, place, mine):
-        """A sequence's tiles begin at QI[b] // QUERY_TILE + b: room for all, and none overlap."""
-        mine[0] = 0
-        for b in T.serial(T.Cast("int32", batch)):
-            if place >= QI[b] // QUERY_TILE + b:
-                mine[0] = b
+    find = sequence_of(QUERY_TILE)
 
     @T.inline
     def key_of(slot, nth, end, position, QI, POS, ENTER, LEAVE, b, key):
@@ -192,7 +186,7 @@ def prefill_attention(
                         sum = T.alloc_buffer((1,), "float32", scope="local")
                         O = T.alloc_buffer((VALUE_ROWS * dims,), "float32", scope="local")
                         flat: T.let = ty * PER_ROW + tx
-                        tile_of(QI, batch, T.Cast("int32", place), mine)
+                        find(QI, batch, T.Cast("int32", place), mine)
                         b: T.let = mine[0]
                         tile: T.let = T.Cast("int32", place) - QI[b] // QUERY_TILE - b
                         first: T.let = QI[b] + tile * QUERY_TILE
