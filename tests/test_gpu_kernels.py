@@ -342,24 +342,6 @@ def test_rope_append(heads, kv_heads, head_dim, rotary_dim, kv_dtype, dtype):
         np.testing.assert_allclose(found, expected_pages, rtol=rounding, atol=rounding)
 
 
-@needs_device
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 16), (2, 20), (3, 96)])
-def test_copy_slots_copies_in_order(kv_heads, head_dim, dtype):
-    kernel = compiled("float16", "copy_slots", kv_heads, head_dim, dtype)
-    before = normal(7, 4, 2, kv_heads, head_dim * BLOCK, dtype=dtype)
-    rng = np.random.default_rng(8)
-    for source, target in [
-        ([5], [5]),
-        ([17, 18, 19], [16, 17, 18]),  # compaction: a target that was a source
-        ([0, 1, 2], [1, 2, 3]),  # slot 0 goes all the way
-        (rng.integers(0, 64, 40), rng.integers(0, 64, 40)),
-    ]:
-        pages = tvm.runtime.tensor(before)
-        kernel(pages, tvm.runtime.tensor(int32(*source)), tvm.runtime.tensor(int32(*target)))
-        np.testing.assert_array_equal(pages.numpy(), twins.copy_slots(before, source, target))
-
-
 # What CUDA and Metal make of them. That TVM compiles a kernel says that all of it is bound to
 # threads: a loop that is not would read device memory from the host, which TVM refuses.
 

@@ -35,8 +35,8 @@ _collecting: ContextVar[Collected | None] = ContextVar("collecting", default=Non
 def collected(arch: str) -> Iterator[Collected]:
     """Inside, TVM's modules for CUDA are machine code. arch: such as sm_90.
 
-    It may be nested; the outer one has all in the end. Raises TargetError (NVRTC's packages, kernels
-    that it refuses).
+    It may be nested; the outer one has all in the end. Raises TargetError (NVRTC's packages,
+    kernels that it refuses).
     """
     _register()
     made, outer = Collected(arch), _collecting.get()

@@ -4,8 +4,8 @@ from tvm.script import tirx as T
 
 
 def sequence_of(size: int):
-    """Returns the inline function `find(indptr, batch, place, found)`: found[0] is the sequence that
-    a place is of.
+    """Returns the inline function `find(indptr, batch, place, found)`: found[0] is the sequence
+    that a place is of.
 
     A sequence has a place for each `size` of its entries, from indptr[b] // size + b on: there is
     room for all, and none overlap.
