@@ -51,6 +51,8 @@ def main() -> None:
                 "seconds": round(seconds, 2),
                 "library_bytes": library.stat().st_size,
                 "parameter_bytes": sum(tensor_bytes(*spec[1:]) for spec in specs),
+                "target": place.name,
+                "kernels": None if made.needs is None else made.needs.kernels,
                 "cpu": place.mcpu,
                 "cores": os.cpu_count(),
                 "python": platform.python_version(),

@@ -64,7 +64,7 @@ def kernels(path: Path) -> list[dict]:
     print(f"\n{'scheme':10}{'adapters':>9}{'kernels':>9}{'bytes':>10}{'valid':>7}{'seconds':>9}")
     for name in ("q0f32", "q0f16", "q4f16_1"):
         for max_loras in (0, 8):
-            scheme = parse_scheme(name).on(place.device)
+            scheme = parse_scheme(name)
             layout = AdapterLayout.of(config, max_loras, 16, scheme.kv_dtype)
             limits = Limits(8, min(4096, config.max_position_embeddings), 512)
             with tempfile.TemporaryDirectory() as folder, collected() as made:

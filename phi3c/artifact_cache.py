@@ -63,7 +63,7 @@ def cached_artifact(
     group = Path(cache_dir) / f"{name}-{_hash([str(path), options])}"
     place = parse_target(target)
     artifact = group / _hash(
-        [_files(found.input_files()), place.mcpu, place.cpu_flags, _versions()]
+        [_files(found.input_files()), place.mcpu, place.cpu_flags, place.arch, _versions()]
     )
     if not _is_whole(artifact):
         _compile(path, artifact, options, progress)

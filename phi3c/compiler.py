@@ -70,7 +70,7 @@ def compile(
     report = progress or (lambda stage, done, total: None)
     output = Path(output)
     place = parse_target(target)
-    scheme = parse_scheme(quantization).on(place.device)
+    scheme = parse_scheme(quantization)
     file = OBJECTS if links_later(place) else LIBRARY
     check_adapter_limits(max_loras, max_rank)
     check_output(output)
@@ -149,6 +149,7 @@ def compile_library(
     Raises TargetError without a linker, and where a device cannot run a kernel.
     """
     link = pack_objects if path.suffix == ".tar" else find_linker(place)
+    scheme = scheme.on(place.device)
     kernels = place.kernels.with_activations(scheme.activations)
     model = Phi3ForCausalLM(config, scheme, kernels, layout)
     spec = model.get_default_spec()

@@ -43,7 +43,6 @@ def _cuda_needs(made: cuda.Collected) -> DeviceNeeds:
         kernels=len(kernels),
         threads=max(made.threads.values()),
         shared_bytes=max(kernel.shared_bytes for kernel in kernels),
-        code_bytes=sum(len(code.fat_binary) for code in made.codes),
         arch=made.arch,
     )
 
@@ -55,7 +54,6 @@ def _vulkan_needs(kernels: Sequence[Kernel]) -> DeviceNeeds:
         kernels=len(kernels),
         threads=max(threads),
         shared_bytes=max(kernel.shared_bytes for kernel in kernels),
-        code_bytes=sum(len(kernel.spirv) for kernel in kernels),
         argument_bytes=POD_BYTES * max(plain),
     )
 
@@ -65,6 +63,5 @@ def _metal_needs(kernels: Sequence[metal.MetalKernel]) -> DeviceNeeds:
         kernels=len(kernels),
         threads=max(kernel.threads for kernel in kernels),
         shared_bytes=max(kernel.shared_bytes for kernel in kernels),
-        code_bytes=0,  # source: it is in the library as text
         argument_bytes=metal.PLAIN_BYTES * max(kernel.plain for kernel in kernels),
     )

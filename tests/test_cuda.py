@@ -55,7 +55,7 @@ def artifact(tmp_path_factory) -> phi3c.Artifact:
 
 def test_a_library_carries_machine_code_of_every_kernel(artifact):
     code, needs = fat_binary(artifact.library), artifact.manifest.target.needs
-    assert (needs.arch, needs.code_bytes) == ("sm_90", len(code))
+    assert needs.arch == "sm_90"
     assert code.count(b"\x7fELF") >= 1
     kernels = launched(artifact.library)
     assert len(kernels) >= needs.kernels
@@ -89,7 +89,7 @@ def test_a_kernel_that_spills_registers_is_compiled(tmp_path):
 def test_all_of_phi3_mini(tmp_path, target, quantization):
     config = Phi3Config.from_file(ROOT / "configs" / "phi-3-mini-4k.json")
     place = parse_target(target)
-    scheme = parse_scheme(quantization).on(place.device)
+    scheme = parse_scheme(quantization)
     with codegen.collected(place.arch) as collected:
         made = compile_library(config, scheme, place, Limits(8, 4096, 512), tmp_path / "model.so")
     kernels = [kernel for code in collected.codes for kernel in code.kernels]
