@@ -14,7 +14,6 @@ import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from ..artifact import Artifact
-from ..cuda.carrier import teach_loader
 from ..errors import DeviceError, OutOfMemoryError, TargetError
 from ..manifest import TargetInfo
 from ..memory import in_units
@@ -190,7 +189,6 @@ def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
             f"device: cuda:{index} has compute capability {found}; accepted: that of {least} or a "
             f"later one, which the artifact was compiled for (target cuda:sm_{major}{minor})"
         )
-    teach_loader()
     return CudaGpu(index)
 
 
