@@ -38,7 +38,7 @@ PROMPTS = ("reverse hello", "sort 4 2 9 1", "upper abc", "17 + 25", "copy the qu
             "cuda:native",
             marks=[
                 pytest.mark.gpu,
-                pytest.mark.skipif(not tvm.cuda().exist, reason="no GPU with CUDA"),
+                pytest.mark.skipif(not found_gpu(), reason="no GPU with CUDA"),
             ],
         ),
     ],

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "pipeline": {"passes"},
     "spirv": {"errors"},
     "device_code": {"cuda", "manifest", "spirv", "targets", "vulkan"},
-    "targets": {"kernels", "errors"},
+    "targets": {"cuda", "kernels", "errors"},
     "linker": {"errors", "targets", "triple"},
     "weights": {"config", "errors", "quantization"},
     "sources": {"artifact", "config", "errors", "hub", "manifest", "quantization", "weights"},

@@ -73,9 +73,7 @@ class CompiledPhi3:
         weakref.finalize(self, self._pool.end)
         self._vm = VirtualMachine(library, device.tvm)
         self._functions = {name: self._vm[name] for name in self.manifest.functions}
-        self._parameters = tvm.runtime.convert(
-            [device.parameter(array) for array in self._mapped.values()]
-        )
+        self._parameters = tvm.runtime.convert(device.parameters(self._mapped.values()))
 
         layout = self.manifest.adapters
         self.adapter_pools = layout and AdapterPools(layout, self.config, device.tvm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -14,6 +14,10 @@ import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from ..artifact import Artifact
+from ..cuda.driver import CudaDevice, free_bytes
+from ..cuda.driver import devices as cuda_devices
+from ..cuda.library import load_runtime as load_cuda_runtime
+from ..cuda.upload import uploaded
 from ..errors import DeviceError, OutOfMemoryError, TargetError
 from ..manifest import TargetInfo
 from ..memory import in_units
@@ -27,8 +31,8 @@ class RunDevice(Protocol):
 
     tvm: tvm.runtime.Device
 
-    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        """A mapped parameter, for kernels."""
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        """Mapped parameters, for kernels."""
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         """Raises OutOfMemoryError if `parts` (name → bytes) do not fit now."""
@@ -45,8 +49,8 @@ class HostCpu:
 
     tvm = tvm.cpu()
 
-    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        return tvm.runtime.from_dlpack(array)
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        return [tvm.runtime.from_dlpack(array) for array in arrays]
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         check_memory(what, parts)
@@ -65,8 +69,8 @@ class VulkanGpu:
         self._found = found
         self.tvm = tvm.vulkan(found.index)
 
-    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        return tvm.runtime.tensor(array, self.tvm)
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         available = self._found.memory_bytes - statistics(self._found.index).bytes_in_use
@@ -87,18 +91,19 @@ class VulkanGpu:
 
 
 class CudaGpu:
-    """An NVIDIA GPU: parameters are copied there, one at a time."""
+    """An NVIDIA GPU: parameters are copied there through pinned memory."""
 
-    def __init__(self, index: int):
-        self.tvm = tvm.cuda(index)
+    def __init__(self, found: CudaDevice):
+        self._found = found
+        self.tvm = tvm.cuda(found.index)
 
-    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        return tvm.runtime.tensor(array, self.tvm)
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        return list(uploaded(arrays, self.tvm))
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
-        needed, available = sum(parts.values()), int(self.tvm.available_global_memory or 0)
-        if needed > available:
-            raise OutOfMemoryError(_no_room(what, parts, available, f"cuda:{self.tvm.index}"))
+        available = free_bytes(self._found.index)
+        if sum(parts.values()) > available:
+            raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
 
     def check_buffer(self, what: str, size: int) -> None:
         """Kernels count the elements of a buffer in 32 bits."""
@@ -176,20 +181,19 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
 
 
 def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
-    device = tvm.cuda(index)
-    if not device.exist:
+    there = cuda_devices()
+    if index >= len(there):
+        names = ", ".join(map(str, there)) or "none, as the driver finds no GPU"
+        raise DeviceError(f"device: found cuda:{index}; accepted: one that is there: {names}")
+    found, least = there[index], target.needs.arch
+    major, minor = found.capability
+    if 10 * major + minor < int(least.removeprefix("sm_")):
         raise DeviceError(
-            f"device: found cuda:{index}; accepted: an NVIDIA GPU that is there, with its driver "
-            "and a TVM whose CUDA runtime finds it"
+            f"device: found {found}; accepted: {least}, which the artifact was compiled for, or a "
+            f"later one; compile it for this GPU (target cuda:{found.arch})"
         )
-    least, found = target.needs.arch, str(device.compute_version)
-    major, _, minor = found.partition(".")
-    if 10 * int(major) + int(minor) < int(least.removeprefix("sm_")):
-        raise DeviceError(
-            f"device: cuda:{index} has compute capability {found}; accepted: that of {least} or a "
-            f"later one, which the artifact was compiled for (target cuda:sm_{major}{minor})"
-        )
-    return CudaGpu(index)
+    load_cuda_runtime()
+    return CudaGpu(found)
 
 
 def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu:
