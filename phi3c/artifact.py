@@ -1,7 +1,7 @@
 """The artifact: a folder with everything a compiled model needs to run.
 
     manifest.json            what the rest is (manifest.py)
-    model.so                 kernels and VM bytecode
+    model.so                 kernels and VM bytecode; or model.tar, its objects, for `phi3c link`
     params.safetensors       parameters in the kernels' layout, 64-byte aligned (tensor_file.py)
     tokenizer.json, …        taken over from the source
     __init__.py              makes the folder an importable package
@@ -26,10 +26,12 @@ from .tensor_file import map_tensors
 MANIFEST = "manifest.json"
 WEIGHTS_MANIFEST = "weights.json"
 LIBRARY = "model.so"
+OBJECTS = "model.tar"
 PARAMETERS = "params.safetensors"
 _PACKAGE = "__init__.py"
 # All that a folder of ours may hold; Python adds its cache where one is imported.
-FILES = {*TEXT_FILES, MANIFEST, WEIGHTS_MANIFEST, LIBRARY, PARAMETERS, _PACKAGE, "__pycache__"}
+FILES = {*TEXT_FILES, MANIFEST, WEIGHTS_MANIFEST, LIBRARY, OBJECTS, PARAMETERS, _PACKAGE}
+FILES |= {"__pycache__"}
 
 _INIT = '''"""A model compiled by phi3c. `load()` gives a CompiledPhi3, `model` one made once."""
 
@@ -118,7 +120,7 @@ class Artifact(ConvertedWeights):
     """An artifact on disk whose manifest has been read."""
 
     MANIFEST: ClassVar[str] = MANIFEST
-    _FILES: ClassVar[set[str]] = {MANIFEST, PARAMETERS, LIBRARY, _PACKAGE}
+    _FILES: ClassVar[set[str]] = {MANIFEST, PARAMETERS, LIBRARY, OBJECTS, _PACKAGE}
 
     manifest: Manifest
 
@@ -129,8 +131,14 @@ class Artifact(ConvertedWeights):
         return Artifact(path, Manifest.from_json(text, path / MANIFEST))
 
     @property
+    def linked(self) -> bool:
+        """Whether it has a library; else it has the objects of one."""
+        return not (self.path / OBJECTS).exists()
+
+    @property
     def library(self) -> Path:
-        return self.path / LIBRARY
+        """What the manifest's sum is of: the library, or its objects."""
+        return self.path / (LIBRARY if self.linked else OBJECTS)
 
     def check_library(self) -> None:
         """Raises ArtifactError unless the library is byte for byte the one that was compiled."""

@@ -102,6 +102,7 @@ def _compile(args: argparse.Namespace) -> int:
             "mcpu": manifest.target.mcpu,
             "limits": asdict(manifest.limits),
             "adapters": None if manifest.adapters is None else asdict(manifest.adapters),
+            "linked": artifact.linked,
             "bytes": size,
             "seconds": seconds,
         }
@@ -109,6 +110,22 @@ def _compile(args: argparse.Namespace) -> int:
     elif not args.quiet:
         what = f"{manifest.quantization} for {manifest.target.name} ({manifest.target.mcpu})"
         print(f"{artifact.path}: {what}, {human_size(size)} in {seconds:.1f} s")
+        if not artifact.linked:
+            print(
+                f"{artifact.library}: not linked yet: run `phi3c link {artifact.path}` on a Mac "
+                "with Xcode's command line tools, or here after `pip install ziglang`"
+            )
+    return 0
+
+
+def _link(args: argparse.Namespace) -> int:
+    from .link import link
+
+    artifact = link(Path(args.artifact).expanduser())
+    if args.json:
+        print(json.dumps({"path": str(artifact.path), "library": str(artifact.library)}))
+    elif not args.quiet:
+        print(f"{artifact.library}: linked for {artifact.manifest.target.mtriple}")
     return 0
 
 
@@ -593,6 +610,9 @@ def _parser() -> argparse.ArgumentParser:
     made = command("inspect", _inspect, "tell what an artifact holds and needs")
     made.add_argument("artifact", help="artifact folder")
     made.add_argument("--max-total-seq-len", type=int, metavar="N", help="KV bytes for N tokens")
+
+    made = command("link", _link, "link an artifact that was compiled where no linker was found")
+    made.add_argument("artifact", help="artifact folder")
 
     command("targets", _targets, "what this installation can compile for and run on")
 

@@ -15,12 +15,12 @@ from tvm.relax.frontend import nn
 from .adapters.layout import MAX_LORAS, RANKS, AdapterLayout
 from .adapters.peft_files import adapter_folder, read_adapter
 from .adapters.weights import AdapterWeights
-from .artifact import LIBRARY, Artifact, file_sha256, write_manifest
+from .artifact import LIBRARY, OBJECTS, Artifact, file_sha256, write_manifest
 from .config import Phi3Config
 from .converter import Progress, check_config, weights_work
 from .device_code import device_code
 from .errors import ConfigError
-from .linker import find_linker
+from .linker import find_linker, links_later, pack_objects
 from .manifest import DeviceNeeds, FunctionInfo, KVLayout, Limits, Manifest, TargetInfo, TensorSpec
 from .model.phi3 import Phi3ForCausalLM
 from .output_folder import check_output, new_folder
@@ -53,7 +53,8 @@ def compile(
     source: checkpoint folder, .gguf file, config JSON (random weights from `seed`), Hugging Face
     repo id, or a folder of `convert`.
     target: `cpu` (this machine's), `cpu:<mcpu>`, `cpu:<mcpu>:<triple>`, `cuda:<arch>`,
-    `cuda:native` or `vulkan`.
+    `cuda:native`, `vulkan` or `metal`. For a Mac, where nothing here can link its library, the
+    artifact has the objects: link.py.
     quantization: a scheme's name. output: new or empty folder, or an artifact to replace.
     max_batch_size: sequences in a forward; prefill_chunk_size: new tokens in a forward;
     context_length: tokens in a sequence, by default 4096 or the config's max_position_embeddings if
@@ -70,7 +71,7 @@ def compile(
     output = Path(output)
     place = parse_target(target)
     scheme = parse_scheme(quantization).on(place.device)
-    find_linker(place)
+    file = OBJECTS if links_later(place) else LIBRARY
     check_adapter_limits(max_loras, max_rank)
     check_output(output)
 
@@ -91,10 +92,10 @@ def compile(
     work = weights_work(found, scheme, place.kernels, adapter)
     with new_folder(output) as folder:
         report("lower", 0, 1)
-        library = compile_library(found.config, scheme, place, limits, folder / LIBRARY, layout)
+        library = compile_library(found.config, scheme, place, limits, folder / file, layout)
         report("lower", 1, 1)
         weights = work.write(folder, report)
-        write_manifest(folder, _manifest(library, place, limits, folder, weights))
+        write_manifest(folder, _manifest(library, place, limits, folder / file, weights))
     return Artifact.open(output)
 
 
@@ -143,8 +144,11 @@ def compile_library(
     path: Path,
     layout: AdapterLayout | None = None,
 ) -> Library:
-    """Lowers the model and links its library to `path`. Raises TargetError without a linker."""
-    link = find_linker(place)
+    """Lowers the model and links its library to `path`; or packs its objects, into a .tar.
+
+    Raises TargetError without a linker, and where a device cannot run a kernel.
+    """
+    link = pack_objects if path.suffix == ".tar" else find_linker(place)
     kernels = place.kernels.with_activations(scheme.activations)
     model = Phi3ForCausalLM(config, scheme, kernels, layout)
     spec = model.get_default_spec()
@@ -165,9 +169,9 @@ def compile_library(
 
 
 def _manifest(
-    library: Library, place: Target, limits: Limits, folder: Path, weights: dict[str, Any]
+    library: Library, place: Target, limits: Limits, path: Path, weights: dict[str, Any]
 ) -> Manifest:
-    """weights: the fields of a WeightsManifest."""
+    """path: of the library; weights: the fields of a WeightsManifest."""
     config, spec = library.model.config, library.spec
     page = library.model.page_spec()[0]
     block_tokens = place.kernels.kv_block
@@ -190,7 +194,7 @@ def _manifest(
             name: _function(method, library.workspace[name])
             for name, method in zip(spec.method_names, spec.method_specs, strict=True)
         },
-        library_sha256=file_sha256(folder / LIBRARY),
+        library_sha256=file_sha256(path),
         versions={
             "phi3c": metadata.version("phi3c"),
             "tvm": tvm.__version__,

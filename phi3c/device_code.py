@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from . import metal
 from .cuda import codegen as cuda
 from .cuda.packing import pack_imports
 from .manifest import DeviceNeeds
@@ -35,6 +36,9 @@ def device_code(place: Target) -> Iterator[DeviceBuild]:
     if place.device == "cuda":
         with cuda.collected(place.arch) as made:
             yield DeviceBuild(lambda: _cuda_needs(made), lambda: _cuda_options(made))
+    elif place.device == "metal":
+        with metal.collected() as built:
+            yield DeviceBuild(lambda: _metal_needs(built))
     elif place.device == "vulkan":
         load_runtime()
         register()
@@ -70,4 +74,14 @@ def _vulkan_needs(kernels: Sequence[Kernel]) -> DeviceNeeds:
         shared_bytes=max(kernel.shared_bytes for kernel in kernels),
         code_bytes=sum(len(kernel.spirv) for kernel in kernels),
         argument_bytes=POD_BYTES * max(plain),
+    )
+
+
+def _metal_needs(kernels: Sequence[metal.MetalKernel]) -> DeviceNeeds:
+    return DeviceNeeds(
+        kernels=len(kernels),
+        threads=max(kernel.threads for kernel in kernels),
+        shared_bytes=max(kernel.shared_bytes for kernel in kernels),
+        code_bytes=0,  # source: it is in the library as text
+        argument_bytes=metal.PLAIN_BYTES * max(kernel.plain for kernel in kernels),
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import tvm
+
+from . import metal
 from .cuda import nvrtc
 from .cuda.driver import devices as cuda_devices
 from .cuda.library import load_runtime as load_cuda_runtime
@@ -28,7 +31,7 @@ class Readiness:
 
 def readiness() -> list[Readiness]:
     """Of every kind of target."""
-    return [_cpu(), _cuda(), _vulkan()]
+    return [_cpu(), _cuda(), _vulkan(), _metal()]
 
 
 def _cpu() -> Readiness:
@@ -74,6 +77,18 @@ def _vulkan() -> Readiness:
     if lowers:
         _works(look, missing)
     return Readiness("vulkan", lowers, links, tuple(found), tuple(dict.fromkeys(missing)))
+
+
+def _metal() -> Readiness:
+    missing: list[str] = []
+    lowers = metal.available()
+    if not lowers:
+        missing.append("metal: this TVM was built without a code generator for Metal")
+    links = _works(lambda: find_linker(parse_target("metal")), missing)
+    found = [f"metal:{index}" for index in range(8) if tvm.metal(index).exist]
+    if not found:
+        missing.append("metal: found no device: only a Mac has one, to which artifacts are copied")
+    return Readiness("metal", lowers, links, tuple(found), tuple(missing))
 
 
 def _works(action: Callable[[], object], missing: list[str]) -> bool:

@@ -2,8 +2,8 @@
 
 `vulkan` is any GPU with Vulkan 1.1 and 16-bit storage, in a machine like this one. `cuda:<arch>` is
 an NVIDIA GPU of that architecture or a later one (`cuda:sm_90`); `cuda` is `cuda:sm_80`, and
-`cuda:native` the GPU that is here. `cpu` is this
-machine's CPU, `cpu:<mcpu>` another one of this architecture by LLVM's name
+`cuda:native` the GPU that is here. `metal` is the GPU of any Mac with one of Apple's own chips.
+`cpu` is this machine's CPU, `cpu:<mcpu>` another one of this architecture by LLVM's name
 (`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of any machine
 (`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
 """
@@ -84,7 +84,7 @@ _AARCH64_FLAGS = {
     "sve2p1": "sve2p1",
 }
 
-_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, cuda, cuda:<arch>, cuda:native, vulkan"
+_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, cuda, cuda:<arch>, cuda:native, metal, vulkan"
 # Turing has the instructions too, but float16 at a lower rate than anybody measured here.
 _CUDA_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 # The systems that TVM's runtime is built for; LLVM would end the process on some other names.
@@ -95,8 +95,9 @@ _TRIPLE = re.compile(r"(x86_64|aarch64|arm64)-((\w+-)?linux-gnu|apple-(darwin|ma
 class Target:
     """A place to compile for.
 
-    device: what runs the kernels, `cpu`, `cuda` or `vulkan`; arch: of CUDA, else empty. mcpu,
-    mtriple: of the CPU, a GPU's host too; cpu_flags: what the code needs of it, as Linux names it.
+    device: what runs the kernels, `cpu`, `cuda`, `metal` or `vulkan`; arch: of CUDA, else empty.
+    mcpu, mtriple: of the CPU, a GPU's host too; cpu_flags: what the code needs of it, as Linux
+    names it.
     """
 
     name: str
@@ -113,6 +114,8 @@ def parse_target(name: str) -> Target:
     """A name in one of the forms above → Target. Raises TargetError naming what is accepted."""
     if name == "vulkan":
         return _vulkan()
+    if name == "metal":
+        return _metal()
     kind, *parts = name.split(":")
     if kind == "cuda" and len(parts) < 2:
         return _cuda(name, parts[0] if parts else _CUDA_ARCHS[0])
@@ -185,6 +188,28 @@ def _vulkan() -> Target:
         }
     )
     return Target("vulkan", "vulkan", target, kernels, host["mcpu"], host["mtriple"], ())
+
+
+def _metal() -> Target:
+    """Its host code runs on every Mac with an Apple chip.
+
+    thread_warp_size 1: sums over threads go through shared memory, as on Vulkan, where the same
+    kernels are tested. TVM would make simd_shuffle of them and, for several sums in a simdgroup,
+    name lanes past its end: Metal leaves the result open, where CUDA takes the rest.
+    """
+    triple, mcpu = "arm64-apple-macos", "apple-m1"
+    kernels = GpuKernels("float32")
+    target = tvm.target.Target(
+        {
+            "kind": "metal",
+            "host": {"kind": "llvm", "mtriple": triple, "mcpu": mcpu},
+            "max_num_threads": kernels.limits.threads,
+            "max_threads_per_block": kernels.limits.threads,
+            "max_shared_memory_per_block": kernels.limits.shared_bytes,
+            "thread_warp_size": 1,
+        }
+    )
+    return Target("metal", "metal", target, kernels, mcpu, triple, ())
 
 
 def _checked_triple(name: str, triple: str) -> str:

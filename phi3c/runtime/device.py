@@ -90,27 +90,27 @@ class VulkanGpu:
         return profiled(self._found.index)
 
 
-class CudaGpu:
-    """An NVIDIA GPU: parameters are copied there through pinned memory."""
+class TvmGpu:
+    """A GPU whose runtime TVM brings: parameters are copied there, one at a time."""
 
-    def __init__(self, found: CudaDevice):
-        self._found = found
-        self.tvm = tvm.cuda(found.index)
+    def __init__(self, device: tvm.runtime.Device):
+        self.tvm = device
 
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
-        return list(uploaded(arrays, self.tvm))
+        return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
-        available = free_bytes(self._found.index)
-        if sum(parts.values()) > available:
-            raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
+        """On a Mac, whose memory is the GPU's too, against what Metal recommends to use."""
+        available = self.tvm.available_global_memory or self.tvm.total_global_memory
+        if available and sum(parts.values()) > available:
+            raise OutOfMemoryError(_no_room(what, parts, int(available), str(self.tvm)))
 
     def check_buffer(self, what: str, size: int) -> None:
         """Kernels count the elements of a buffer in 32 bits."""
-        if size > _CUDA_BUFFER:
+        if size > _LARGEST_BUFFER:
             raise DeviceError(
-                f"{what}: found {in_units(size)}; accepted: up to {in_units(_CUDA_BUFFER)}, what "
-                "kernels address"
+                f"{what}: found {in_units(size)}; accepted: up to {in_units(_LARGEST_BUFFER)}, "
+                "what kernels address"
             )
 
     @contextmanager
@@ -120,7 +120,24 @@ class CudaGpu:
             yield times
 
 
-_CUDA_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype
+class CudaGpu(TvmGpu):
+    """An NVIDIA GPU: parameters are copied there through pinned memory."""
+
+    def __init__(self, found: CudaDevice):
+        super().__init__(tvm.cuda(found.index))
+        self._found = found
+
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        return list(uploaded(arrays, self.tvm))
+
+    def check_memory(self, what: str, parts: dict[str, int]) -> None:
+        """TVM would tell what is free on the device that it used last."""
+        available = free_bytes(self._found.index)
+        if sum(parts.values()) > available:
+            raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
+
+
+_LARGEST_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype
 
 
 def _no_room(what: str, parts: dict[str, int], available: int, place: str) -> str:
@@ -156,8 +173,8 @@ def _call_times(
 
 
 def open_device(artifact: Artifact, name: str | None) -> RunDevice:
-    """name: `cpu`, or `vulkan` or `cuda` with or without `:<index>`; None: the artifact's own kind,
-    the first of it.
+    """name: `cpu`, or `cuda`, `metal` or `vulkan`, with or without `:<index>`; None: the artifact's
+    own kind, the first of it.
 
     Raises TargetError for another kind, and DeviceError where there is no such device, or it lacks
     what the kernels or the weights need.
@@ -173,7 +190,7 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
     if kind == "cpu":
         return HostCpu()
     index = int(match[2] or 0)
-    opened = _open_cuda if kind == "cuda" else _open_vulkan
+    opened = {"cuda": _open_cuda, "metal": _open_metal, "vulkan": _open_vulkan}[kind]
     device = opened(artifact.manifest.target, index)
     for info in artifact.manifest.parameters:
         device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
@@ -194,6 +211,17 @@ def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
         )
     load_cuda_runtime()
     return CudaGpu(found)
+
+
+def _open_metal(target: TargetInfo, index: int) -> TvmGpu:
+    """Kernels ask for no more than every Mac's GPU grants: metal.py, when they were compiled."""
+    device = tvm.metal(index)
+    if not device.exist:
+        raise DeviceError(
+            f"device: found metal:{index}; accepted: one that is there, for a TVM that was built "
+            "with Metal"
+        )
+    return TvmGpu(device)
 
 
 def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu:

@@ -11,8 +11,15 @@ from ..triple import runs_here, this_machine
 
 
 def check_cpu(artifact: Artifact) -> None:
-    """Raises ArtifactError if the code is for another system, or needs what this CPU lacks."""
+    """Raises ArtifactError if the code is for another system, needs what this CPU lacks, or is not
+    linked."""
     target = artifact.manifest.target
+    if not artifact.linked:
+        raise ArtifactError(
+            f"{artifact.library}: objects for {target.mtriple} that are not linked; run `phi3c "
+            f"link {artifact.path}` on a Mac with Xcode's command line tools, or anywhere with the "
+            "package ziglang"
+        )
     if not runs_here(target.mtriple):
         raise ArtifactError(
             f"{artifact.path}: compiled for {target.mtriple}; this machine is {this_machine()}; "

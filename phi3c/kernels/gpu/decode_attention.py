@@ -65,9 +65,9 @@ def decode_attention(
             for g in T.unroll(own):
                 if key >= n_keys or start + key < low or start + key > high:
                     score[r * own + g] = T.float32(MASKED)
+        best = T.alloc_buffer((1,), "float32", scope="local")
+        sum = T.alloc_buffer((1,), "float32", scope="local")
         for g in T.serial(own):
-            best = T.alloc_buffer((1,), "float32", scope="local")
-            sum = T.alloc_buffer((1,), "float32", scope="local")
             mine[g] = score[g]
             for r in T.unroll(rounds - 1):
                 mine[g] = T.max(mine[g], score[(r + 1) * own + g])

@@ -98,15 +98,13 @@ def prefill_attention(
             )
 
     @T.inline
-    def softmax_step(S, A, best, total, row, tx):
+    def softmax_step(S, A, best, total, top, sum, row, tx):
         """The scores of a row become weights; A[row]: the factor of what is there already.
 
         They are kept in registers between, as every turn from reading to writing is a barrier.
         """
         score = T.alloc_buffer((KEYS // PER_ROW,), "float32", scope="local")
         mine = T.alloc_buffer((2,), "float32", scope="local")
-        top = T.alloc_buffer((1,), "float32", scope="local")
-        sum = T.alloc_buffer((1,), "float32", scope="local")
         mine[0] = T.float32(MASKED)
         for i in T.unroll(KEYS // PER_ROW):
             score[i] = S[row * KEYS + i * PER_ROW + tx]
@@ -190,6 +188,8 @@ def prefill_attention(
                         key = T.alloc_buffer((3,), "int32", scope="local")
                         best = T.alloc_buffer((1,), "float32", scope="local")
                         total = T.alloc_buffer((1,), "float32", scope="local")
+                        top = T.alloc_buffer((1,), "float32", scope="local")
+                        sum = T.alloc_buffer((1,), "float32", scope="local")
                         O = T.alloc_buffer((VALUE_ROWS * dims,), "float32", scope="local")
                         flat: T.let = ty * PER_ROW + tx
                         tile_of(QI, batch, T.Cast("int32", place), mine)
@@ -235,7 +235,7 @@ def prefill_attention(
                                 K, QS, S, QP, QE, key, seen, block, h // group,
                                 column % KV_BLOCK, column, flat // KEYS,
                             )  # fmt: skip
-                            softmax_step(S, A, best, total, ty, tx)
+                            softmax_step(S, A, best, total, top, sum, ty, tx)
                             # Slots past the end hold nothing, not even zeros: 0 · NaN would stay.
                             here: T.let = T.min(end - base * KV_BLOCK, KEYS)
                             weighted_values(
