@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tvm
+import tvm_ffi
 
 CHUNK_BYTES = 32 << 20
 
@@ -19,7 +20,8 @@ def uploaded(
     A chunk is read from the array (a mapped file: from disk) while the one before it is under way:
     the driver copies from pinned memory by itself, from other memory only by way of its own.
     """
-    pinned = [tvm.runtime.empty((chunk_bytes,), "uint8", tvm.device("cuda_host")) for _ in range(2)]
+    host = tvm.device(tvm_ffi.DLDeviceType.kDLCUDAHost, device.index)
+    pinned = [tvm.runtime.empty((chunk_bytes,), "uint8", host) for _ in range(2)]
     views = [_host_view(tensor) for tensor in pinned]
     turn = 0
     for array in arrays:
