@@ -9,7 +9,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu_emulator import COMPILER, HEADER, kernels_of
+from gpu_emulator import COMPILER, HEADER, _instruction, kernels_of
 
 from phi3c.cuda.nvrtc import _headers
 
@@ -96,6 +96,7 @@ def _as_cpp(kernel: str) -> str:
         r"\1* \2 = (\1*)emulator::array(\3 * sizeof(\1));",
         body,
     )
+    body = re.sub(r"__asm__ __volatile__\(.*?\);(?=\n)", _instruction, body, flags=re.DOTALL)
     assert "__shared__" not in body and "asm" not in body
     arguments = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(types))
     text = f"static void {name}({', '.join(parameters)}) {{{body}"

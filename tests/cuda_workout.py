@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import tvm_ffi
 
 import phi3c
 
@@ -23,11 +24,13 @@ def logits(folder: Path, adapter: Path | None) -> np.ndarray:
         slot = model.acquire_adapter("one")
     rows = []
 
-    def forward(run, ids, tokens, lengths, *more, slots=None, **options):
-        slots = (
-            None if slot is None else [slot if own else -1 for own in slots or [False] * len(ids)]
-        )
-        with cache.forward(ids, lengths, token_slot=slots, **options):
+    def forward(run, ids, tokens, lengths, *more, plain=(), **options):
+        """plain: sequences without the adapter."""
+        slots = [
+            -1 if i in plain else slot for i, n in zip(ids, lengths, strict=True) for _ in range(n)
+        ]
+        options |= {} if slot is None else {"token_slot": slots}
+        with cache.forward(ids, lengths, **options):
             found = run(model.embed(tokens), *more, cache)[0].numpy()
         rows.extend(found.reshape(-1, found.shape[-1]))
 
@@ -42,10 +45,15 @@ def logits(folder: Path, adapter: Path | None) -> np.ndarray:
     forward(model.batch_decode, [0, 1, 2], [5, 6, 7], [1, 1, 1])
     forward(model.batch_verify, [2], [40, 41, 42, 43], [4], tree_parents=[-1, 0, 0, 2])
     cache.commit_accepted_token_tree_nodes([2], [3])
-    forward(model.batch_decode, [0, 2], [8, 9], [1, 1], slots=[True, False])
+    forward(model.batch_decode, [0, 2], [8, 9], [1, 1], plain=[2])
     return np.array(rows)
 
 
+def _refuse(source):
+    raise AssertionError("compiled when it is loaded")
+
+
 if __name__ == "__main__":
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", _refuse, override=True)
     artifact, target, *adapter = map(Path, sys.argv[1:])
     np.save(target, logits(artifact, adapter[0] if adapter else None))

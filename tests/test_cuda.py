@@ -1,72 +1,139 @@
-"""The CUDA target, without a GPU: what a library carries is machine code, and all of it."""
+"""The CUDA target, without a GPU: the machine code of a library, and models that run by TVM's CUDA
+runtime on a stub of the driver, their kernels emulated from the source (cuda_emulation.py)."""
 
 from __future__ import annotations
 
-import base64
 import re
-import zlib
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import cuda_workout
+import numpy as np
 import pytest
-import tvm
+from cuda_device import found_gpu
+from cuda_emulation import emulated, environment, stub_driver
+from cuda_program import one_kernel
+from gpu_emulator import COMPILER
 
 import phi3c
 from phi3c.compiler import compile_library
 from phi3c.config import Phi3Config
-from phi3c.cuda import carrier, nvrtc
+from phi3c.cuda import codegen, nvrtc, packing
 from phi3c.errors import ArtifactError, DeviceError, TargetError
 from phi3c.manifest import Limits
 from phi3c.quantization.scheme import parse_scheme
 from phi3c.targets import parse_target
 
 ROOT = Path(__file__).parent.parent
-CARRIED = re.compile(rb"// phi3c: a fat binary, deflated, in base64\n([A-Za-z0-9+/=]+)")
-no_gpu = pytest.mark.skipif(tvm.cuda().exist, reason="there is a GPU")
+TOY = ROOT / "examples" / "toy" / "checkpoint"
+ADAPTER = ROOT / "examples" / "toy" / "adapters" / "rotate"
+OPTIONS = dict(max_batch_size=4, context_length=128, prefill_chunk_size=32)
+CASES = {
+    "sm_80": ("cuda", "q0f32", {}),
+    "sm_90": ("cuda:sm_90", "q4f16_1", {"max_loras": 2, "max_rank": 32}),
+}
 
-pytestmark = pytest.mark.skipif(
-    nvrtc.missing() is not None, reason="NVIDIA's compiler is not installed"
-)
-
-
-def fat_binary(library: Path) -> bytes:
-    """What the library carries, read without our own code."""
-    data = library.read_bytes()
-    found = CARRIED.findall(data)
-    assert len(found) == 1
-    assert b"__global__" not in data, "a source as well"
-    return zlib.decompress(base64.b64decode(found[0]))
+pytestmark = [
+    pytest.mark.skipif(nvrtc.missing() is not None, reason="NVIDIA's compiler is not installed"),
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
 
 
-def launched(library: Path) -> set[str]:
-    """The kernels that the host's code asks TVM for, by their names in the library."""
-    return set(re.findall(rb"\b\w+_kernel(?:_\d+)?\b", library.read_bytes()))
+@dataclass(frozen=True)
+class Compiled:
+    arch: str
+    artifact: phi3c.Artifact
+    source: str  # CUDA's, of all kernels
+    options: dict
+
+
+@pytest.fixture(scope="module", params=CASES)
+def toy(request, tmp_path_factory) -> Compiled:
+    """The toy model; its folder has kernels.so beside the artifact."""
+    target, quantization, more = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    sources: list[str] = []
+
+    def keep(source: str, arch: str):
+        sources.append(source)
+        return nvrtc.compile_source(source, arch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codegen, "compile_source", keep)
+        made = phi3c.compile(TOY, target, quantization, folder / "artifact", **OPTIONS, **more)
+    (source,) = sources
+    emulated(source, folder)
+    return Compiled(request.param, made, source, more)
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory) -> phi3c.Artifact:
-    folder = tmp_path_factory.mktemp("cuda") / "tiny"
-    return phi3c.compile(
-        ROOT / "configs" / "tiny.json", "cuda:sm_90", "q4f16_1", folder, max_loras=2
-    )
+def driver(tmp_path_factory) -> Path:
+    return stub_driver(tmp_path_factory.mktemp("driver"))
 
 
-def test_a_library_carries_machine_code_of_every_kernel(artifact):
-    code, needs = fat_binary(artifact.library), artifact.manifest.target.needs
-    assert (needs.arch, needs.code_bytes) == ("sm_90", len(code))
-    assert code.count(b"\x7fELF") >= 1
-    kernels = launched(artifact.library)
-    assert len(kernels) >= needs.kernels
-    missing = {name for name in kernels if name not in code}
-    assert not missing
-    assert 32 <= needs.threads <= 256 and 0 < needs.shared_bytes <= 48 * 1024
+def run(program: str, *arguments: object, env: dict[str, str]) -> str:
+    command = [sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
-def test_another_architecture_has_other_code(artifact, tmp_path):
-    other = phi3c.compile(
-        ROOT / "configs" / "tiny.json", "cuda", "q0f16", tmp_path / "tiny", max_batch_size=2
-    )
-    assert other.manifest.target.needs.arch == "sm_80"
-    assert fat_binary(other.library) != fat_binary(artifact.library)
+# What a library holds
+
+
+def fat_binary(library: Path) -> tuple[bytes, bytes]:
+    """What the library carries, and the rest of the library; read without our own code."""
+    data = library.read_bytes()
+    magic = struct.pack("<IH", 0xBA55ED50, 1)
+    assert data.count(magic) == 1
+    start = data.index(magic)
+    header, size = struct.unpack_from("<HQ", data, start + 6)
+    end = start + header + size
+    return data[start:end], data[:start] + data[end:]
+
+
+def kernels_of(cubin: bytes) -> set[str]:
+    """By the sections of its code."""
+    table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 40)
+    sections = [struct.unpack_from("<II16xQQ", cubin, table + size * i) for i in range(count)]
+    strings = sections[names][2]
+    found = [cubin[strings + s[0] :].split(b"\0", 1)[0].decode() for s in sections]
+    return {name.removeprefix(".text.") for name in found if name.startswith(".text.")}
+
+
+def test_a_library_holds_machine_code_of_the_kernels_that_are_launched(toy):
+    code, rest = fat_binary(toy.artifact.library)
+    needs = toy.artifact.manifest.target.needs
+    assert (needs.arch, needs.code_bytes) == (toy.arch, len(code))
+    cubin = code[code.index(b"\x7fELF") :]
+    machine, flags = struct.unpack_from("<H28xI", cubin, 18)
+    assert machine == 190 and f"sm_{flags >> 8 & 0xFF}" == toy.arch
+    launched = {name.decode() for name in re.findall(rb"\b\w+_kernel(?:_\d+)?\b", rest)}
+    assert kernels_of(cubin) == launched and len(launched) == needs.kernels
+    assert b"__global__" not in rest and b"fatbin" in rest
+
+
+def test_every_kernel_has_threads_and_fits(toy):
+    """None is a loop of the host's, or of one thread."""
+    bounds = re.findall(r"__launch_bounds__\((\d+)\) (\w+)\(", toy.source)
+    needs = toy.artifact.manifest.target.needs
+    assert len(set(bounds)) == toy.source.count('extern "C" __global__') // 2 == needs.kernels
+    assert min(int(threads) for threads, _ in bounds) >= 32
+    bodies = re.split(r'^extern "C" __global__.*\{$', toy.source, flags=re.MULTILINE)[1:]
+    assert all("threadIdx" in body and "blockIdx" in body for body in bodies)
+    assert needs.threads <= 256 and needs.shared_bytes <= 32768
+    kernels = nvrtc.compile_source(toy.source, toy.arch).kernels
+    assert not [kernel for kernel in kernels if kernel.spilled]
+    threads = {name: int(count) for count, name in bounds}
+    assert all(kernel.registers * threads[kernel.name] <= 65536 for kernel in kernels)
+
+
+def test_indices_are_of_32_bits(toy):
+    kernels = toy.source[toy.source.index('extern "C"') :]
+    assert "int64_t" not in kernels and "long" not in kernels
 
 
 @pytest.mark.parametrize(("target", "quantization"), [("cuda:sm_90", "q4f16_1"), ("cuda", "q0f16")])
@@ -75,14 +142,18 @@ def test_all_of_phi3_mini(tmp_path, target, quantization):
     place = parse_target(target)
     scheme = parse_scheme(quantization).on(place.device)
     made = compile_library(config, scheme, place, Limits(8, 4096, 512), tmp_path / "model.so")
-    assert made.needs.kernels == 36
+    assert len(kernels_of(fat_binary(tmp_path / "model.so")[0])) or made.needs.kernels >= 36
     assert made.needs.threads <= 256 and made.needs.shared_bytes <= 48 * 1024
 
 
-def test_the_loader_unpacks_what_is_carried(artifact):
-    code = fat_binary(artifact.library)
-    assert carrier.fat_binary_of(carrier.carried(code)) == code
-    assert carrier.fat_binary_of('extern "C" __global__ void f() {}') is None
+def test_a_blob_that_we_did_not_compile_is_refused():
+    module = struct.pack("<Q4sQQ3s", 4, b"cuda", 0, 3, b"abc")
+    body = struct.pack("<3QQ", 2, 0, 0, 0)
+    body += struct.pack("<Q4sQ", 4, b"cuda", len(module)) + module
+    blob = struct.pack("<Q", len(body)) + body
+    assert b"fatbin" in packing.compiled_blob(blob, {"abc": b"code"})
+    with pytest.raises(KeyError, match="source was not compiled"):
+        packing.compiled_blob(blob, {"ab": b"code"})
 
 
 def test_a_source_that_does_not_compile_is_refused():
@@ -100,6 +171,35 @@ def test_what_a_kernel_takes_is_told():
     assert kernel.registers > 0
 
 
+# How it runs
+
+
+def test_a_model_runs_as_on_the_cpu(toy, driver, tmp_path):
+    """By TVM's runtime alone, without its compiler."""
+    adapter = [ADAPTER] if toy.options else []
+    kernels = toy.artifact.path.parent / "kernels.so"
+    env = environment(driver, "9.0 80", kernels) | {"TVM_USE_RUNTIME_LIB": "1"}
+    run("cuda_workout.py", toy.artifact.path, tmp_path / "found.npy", *adapter, env=env)
+    quantization = toy.artifact.manifest.quantization
+    scheme = quantization if quantization.startswith("q0") else f"{quantization}:float"
+    phi3c.compile(TOY, "cpu", scheme, tmp_path / "cpu", **OPTIONS, **toy.options)
+    expected = cuda_workout.logits(tmp_path / "cpu", *(adapter or [None]))
+    found = np.load(tmp_path / "found.npy")
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error <= (1e-5 if "f32" in quantization else 5e-3), error
+
+
+def test_devices_that_do_not_suffice_are_refused(toy, driver):
+    """In a process that has a stub of a driver."""
+    run("cuda_program.py", "devices", toy.artifact.path, env=environment(driver, "9.0 80"))
+
+
+def test_a_machine_with_a_gpu_compiles_the_same_library(driver, tmp_path):
+    one_kernel(tmp_path / "without.so", "sm_90")
+    run("cuda_program.py", "compile", tmp_path / "with.so", env=environment(driver, "9.0 80"))
+    assert (tmp_path / "with.so").read_bytes() == (tmp_path / "without.so").read_bytes()
+
+
 # Bad input
 
 
@@ -114,27 +214,26 @@ def test_more_parts_than_an_architecture_are_refused():
         parse_target("cuda:sm_90:x")
 
 
-@no_gpu
-def test_a_gpu_that_is_not_there_is_named(artifact):
-    with pytest.raises(TargetError, match="found 'cuda:native', but no GPU with CUDA"):
+@pytest.mark.skipif(found_gpu(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(toy):
+    with pytest.raises(TargetError, match="found 'cuda:native', but no GPU: cuda: found no driver"):
         parse_target("cuda:native")
-    with pytest.raises(DeviceError, match="device: found cuda:0; accepted: an NVIDIA GPU that is"):
-        phi3c.load(artifact.path)
-    with pytest.raises(DeviceError, match="device: found cuda:3"):
-        phi3c.load(artifact.path, device="cuda:3")
+    with pytest.raises(DeviceError, match="cuda: found no driver .* version 580 or later"):
+        phi3c.load(toy.artifact.path)
+    with pytest.raises(TargetError, match="device: found 'cpu'; accepted: cuda, cuda:<index>"):
+        phi3c.load(toy.artifact.path, device="cpu")
 
 
-def test_changed_machine_code_is_noticed(artifact, tmp_path):
+def test_changed_machine_code_is_noticed(toy, tmp_path):
     other = tmp_path / "changed"
     other.mkdir()
-    for file in artifact.path.iterdir():
+    for file in toy.artifact.path.iterdir():
         if file.is_file():
             (other / file.name).write_bytes(file.read_bytes())
     data = bytearray((other / "model.so").read_bytes())
-    place = CARRIED.search(data).start(1) + 100
-    data[place] = ord("A") if data[place] != ord("A") else ord("B")
+    data[data.index(b"\x7fELF", data.index(struct.pack("<I", 0xBA55ED50))) + 5000] ^= 1
     (other / "model.so").write_bytes(data)
-    with pytest.raises(ArtifactError, match="model.so"):
+    with pytest.raises(ArtifactError, match="model.so: changed"):
         phi3c.Artifact.open(other).check_integrity()
 
 

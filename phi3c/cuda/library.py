@@ -20,13 +20,13 @@ _RUNTIME = "libtvm_runtime_cuda.so"
 def load_runtime() -> None:
     """Makes `tvm.cuda()` work. Raises DeviceError: no driver or too old a one, CUDA's runtime
     library or TVM's is missing."""
-    if tvm_ffi.get_global_func(_API, allow_missing=True) is not None:
-        return
     if (found := driver_version()) < NEEDED_CUDA:
         raise DeviceError(
             f"cuda: the driver is for CUDA {_dotted(found)}; needed: one for {_dotted(NEEDED_CUDA)}"
             " or later (580 or later)"
         )
+    if tvm_ffi.get_global_func(_API, allow_missing=True) is not None:
+        return
     _load_cudart()
     path = Path(tvm.libinfo.find_libtvm_runtime()).with_name(_RUNTIME)
     try:
