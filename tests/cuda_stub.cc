@@ -35,6 +35,8 @@ Device device() {
 #define EXPORT extern "C" __attribute__((visibility("default"))) CUresult
 
 EXPORT cuInit(unsigned) { return device().count ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE; }
+// NVRTC asks for tables of its own.
+EXPORT cuGetExportTable(const void**, const CUuuid*) { return CUDA_ERROR_NOT_FOUND; }
 EXPORT cuDriverGetVersion(int* version) {
   *version = device().version;
   return CUDA_SUCCESS;
