@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -22,7 +21,7 @@ def uploaded(
     """
     host = tvm.device(tvm_ffi.DLDeviceType.kDLCUDAHost, device.index)
     pinned = [tvm.runtime.empty((chunk_bytes,), "uint8", host) for _ in range(2)]
-    views = [_host_view(tensor) for tensor in pinned]
+    views = [np.from_dlpack(tensor) for tensor in pinned]
     turn = 0
     for array in arrays:
         tensor = tvm.runtime.empty(array.shape, str(array.dtype), device)
@@ -36,10 +35,3 @@ def uploaded(
             turn = 1 - turn
         yield tensor
     device.sync()
-
-
-def _host_view(tensor: tvm.runtime.Tensor) -> np.ndarray:
-    """The same memory, to be written to (through DLPack it would be read-only)."""
-    size = tensor.shape[0]
-    memory = (ctypes.c_uint8 * size).from_address(tensor.data_ptr())
-    return np.frombuffer(memory, np.uint8)

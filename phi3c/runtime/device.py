@@ -16,6 +16,7 @@ from tvm.runtime.vm import VirtualMachine
 from ..artifact import Artifact
 from ..cuda.driver import CudaDevice, free_bytes
 from ..cuda.driver import devices as cuda_devices
+from ..cuda.inputs import Inputs
 from ..cuda.library import load_runtime as load_cuda_runtime
 from ..cuda.upload import uploaded
 from ..errors import DeviceError, OutOfMemoryError, TargetError
@@ -34,6 +35,12 @@ class RunDevice(Protocol):
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         """Mapped parameters, for kernels."""
 
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+        """A copy of a call's input: kernels may load whole vectors, so it is aligned as TVM aligns.
+
+        It may be gone when another one of that name is asked for.
+        """
+
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         """Raises OutOfMemoryError if `parts` (name → bytes) do not fit now."""
 
@@ -51,6 +58,9 @@ class HostCpu:
 
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         return [tvm.runtime.from_dlpack(array) for array in arrays]
+
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+        return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         check_memory(what, parts)
@@ -71,6 +81,9 @@ class VulkanGpu:
 
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
+
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+        return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         available = self._found.memory_bytes - statistics(self._found.index).bytes_in_use
@@ -99,6 +112,9 @@ class TvmGpu:
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
 
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+        return tvm.runtime.tensor(array, self.tvm)
+
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         """On a Mac, whose memory is the GPU's too, against what Metal recommends to use."""
         available = self.tvm.available_global_memory or self.tvm.total_global_memory
@@ -121,14 +137,18 @@ class TvmGpu:
 
 
 class CudaGpu(TvmGpu):
-    """An NVIDIA GPU: parameters are copied there through pinned memory."""
+    """An NVIDIA GPU: parameters are copied there through pinned memory, inputs into memory that
+    stays allocated."""
 
     def __init__(self, found: CudaDevice):
         super().__init__(tvm.cuda(found.index))
-        self._found = found
+        self._found, self._inputs = found, Inputs(self.tvm)
 
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         return list(uploaded(arrays, self.tvm))
+
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+        return self._inputs.tensor(name, array)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         """TVM would tell what is free on the device that it used last."""
