@@ -77,6 +77,7 @@ def driver(tmp_path_factory) -> Path:
 
 def run(program: str, *arguments: object, env: dict[str, str]) -> str:
     command = [sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments)]
+    env = env | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
