@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--max-loras", type=int, default=0)
     parser.add_argument("--max-rank", type=int, default=16)
     args = parser.parse_args()
-    place, scheme = parse_target(args.target), parse_scheme(args.quantization)
+    place = parse_target(args.target)
+    scheme = parse_scheme(args.quantization).on(place.device)
     for path in args.configs:
         config = Phi3Config.from_file(path)
         specs = parameter_specs(config, scheme, place.kernels)

@@ -163,10 +163,10 @@ def compile_library(
         mod = apply(plan_passes(bounds), mod)
         workspace = workspace_bytes(mod)
         mod = apply(finalize_passes(), mod)
-    with device_code(place) as needs, kernel_lowering(place.device):
+    with device_code(place) as built, kernel_lowering(place.device):
         executable = relax.build(mod, target=place.tvm_target, relax_pipeline=None)
-        executable.export_library(str(path), fcompile=link)
-    return Library(model, spec, workspace, needs())
+        executable.export_library(str(path), fcompile=link, **built.options())
+    return Library(model, spec, workspace, built.needs())
 
 
 def _manifest(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from . import metal
 from .cuda import codegen as cuda
+from .cuda.packing import pack_imports
 from .manifest import DeviceNeeds
 from .spirv.codegen import collected, register
 from .spirv.kernel import POD_BYTES, Kernel
@@ -14,31 +17,45 @@ from .targets import Target
 from .vulkan import load_runtime
 
 
+@dataclass(frozen=True)
+class DeviceBuild:
+    """To be asked when TVM has built. needs: of the device; options: how `export_library` packs
+    what was built for it."""
+
+    needs: Callable[[], DeviceNeeds | None] = lambda: None
+    options: Callable[[], dict[str, Any]] = dict
+
+
 @contextmanager
-def device_code(place: Target) -> Iterator[Callable[[], DeviceNeeds | None]]:
-    """Inside, TVM can build for the target; then the function says what was built.
+def device_code(place: Target) -> Iterator[DeviceBuild]:
+    """Inside, TVM can build for the target.
 
     Raises DeviceError where the part of TVM's runtime that holds the code cannot be compiled, and
-    TargetError where a kernel asks for more than every device grants.
+    TargetError where a kernel cannot be compiled or does not fit the device.
     """
     if place.device == "cuda":
         with cuda.collected(place.arch) as made:
-            yield lambda: _cuda_needs(made)
+            yield DeviceBuild(lambda: _cuda_needs(made), lambda: _cuda_options(made))
     elif place.device == "metal":
         with metal.collected() as built:
-            yield lambda: _metal_needs(built)
+            yield DeviceBuild(lambda: _metal_needs(built))
     elif place.device == "vulkan":
         load_runtime()
         register()
         with collected() as kernels:
-            yield lambda: _vulkan_needs(kernels)
+            yield DeviceBuild(lambda: _vulkan_needs(kernels))
     else:
-        yield lambda: None
+        yield DeviceBuild()
+
+
+def _cuda_options(made: cuda.Collected) -> dict[str, Any]:
+    codes = {source: code.fat_binary for source, code in made.codes.items()}
+    return {"fpack_imports": pack_imports(codes)}
 
 
 def _cuda_needs(made: cuda.Collected) -> DeviceNeeds:
-    kernels = [kernel for code in made.codes for kernel in code.kernels]
-    assert {kernel.name for kernel in kernels} == set(made.threads), "a kernel without bounds"
+    codes = made.codes.values()
+    kernels = [kernel for code in codes for kernel in code.kernels]
     return DeviceNeeds(
         kernels=len(kernels),
         threads=max(made.threads.values()),

@@ -9,6 +9,8 @@ import tvm
 
 from . import metal
 from .cuda import nvrtc
+from .cuda.driver import devices as cuda_devices
+from .cuda.library import load_runtime as load_cuda_runtime
 from .errors import DeviceError, TargetError
 from .linker import find_linker
 from .targets import parse_target
@@ -45,11 +47,17 @@ def _cuda() -> Readiness:
     if needed:
         missing.append(f"cuda: compiling kernels needs {needed}")
     links = _works(lambda: find_linker(parse_target("cuda")), missing)
-    found = [device for device in map(tvm.cuda, range(16)) if device.exist]
-    names = tuple(f"{device} ({device.device_name}, {device.compute_version})" for device in found)
-    if not found:
-        missing.append("cuda: found no device; an NVIDIA GPU and its driver bring one")
-    return Readiness("cuda", needed is None, links, names, tuple(missing))
+    found: list[str] = []
+
+    def look() -> None:
+        there = cuda_devices()
+        if not there:
+            raise DeviceError("cuda: the driver finds no GPU")
+        load_cuda_runtime()
+        found.extend(map(str, there))
+
+    _works(look, missing)
+    return Readiness("cuda", needed is None, links, tuple(found), tuple(missing))
 
 
 def _vulkan() -> Readiness:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import tvm
 from tvm.target import codegen
 
-from .errors import TargetError
+from .cuda.driver import devices
+from .errors import DeviceError, TargetError
 from .kernels.cpu import CpuKernels
 from .kernels.cpu.isa import (
     AVX2,
@@ -149,10 +150,7 @@ def _gpu_host() -> dict[str, str]:
 
 def _cuda(name: str, arch: str) -> Target:
     if arch == "native":
-        device = tvm.cuda()
-        if not device.exist:
-            raise TargetError(f"target: found {name!r}, but no GPU with CUDA; accepted: {_FORMS}")
-        arch = "sm_" + str(device.compute_version).replace(".", "")
+        arch = _native_arch(name)
     if arch not in _CUDA_ARCHS:
         raise TargetError(
             f"target: found {name!r}; accepted: cuda, cuda:native, or cuda:<arch> with one of "
@@ -161,6 +159,19 @@ def _cuda(name: str, arch: str) -> Target:
     host, kernels = _gpu_host(), GpuKernels("float32")
     target = tvm.target.Target({"kind": "cuda", "arch": arch, "host": host})
     return Target(name, "cuda", target, kernels, host["mcpu"], host["mtriple"], (), arch)
+
+
+def _native_arch(name: str) -> str:
+    """That of this machine's first GPU; a GPU newer than our list runs the last of it."""
+    try:
+        found = devices()
+    except DeviceError as error:
+        raise TargetError(f"target: found {name!r}, but no GPU: {error}") from None
+    if not found:
+        raise TargetError(f"target: found {name!r}, but the driver finds no GPU")
+    number = int(found[0].arch.removeprefix("sm_"))
+    fitting = [arch for arch in _CUDA_ARCHS if int(arch.removeprefix("sm_")) <= number]
+    return fitting[-1] if fitting else found[0].arch
 
 
 def _vulkan() -> Target:

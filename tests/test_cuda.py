@@ -1,88 +1,143 @@
-"""The CUDA target, without a GPU: what a library carries is machine code, and all of it."""
+"""The CUDA target, without a GPU: the machine code of a library, and models that run by TVM's CUDA
+runtime on a stub of the driver, their kernels emulated from the source (cuda_emulation.py)."""
 
 from __future__ import annotations
 
-import base64
+import os
 import re
 import struct
-import zlib
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import cuda_workout
+import numpy as np
 import pytest
 import tvm
-import tvm_ffi
+from cuda_device import found_gpu
+from cuda_emulation import emulated, environment, stub_driver
+from gpu_emulator import COMPILER
 from tvm.script import tirx as T
 
 import phi3c
 from phi3c.compiler import compile_library
 from phi3c.config import Phi3Config
-from phi3c.cuda import carrier, codegen, nvrtc
+from phi3c.cuda import codegen, nvrtc, packing
 from phi3c.errors import ArtifactError, DeviceError, TargetError
 from phi3c.manifest import Limits
 from phi3c.quantization.scheme import parse_scheme
 from phi3c.targets import parse_target
 
 ROOT = Path(__file__).parent.parent
-CARRIED = re.compile(rb"// phi3c: a fat binary, deflated, in base64\n([A-Za-z0-9+/=]+)")
-no_gpu = pytest.mark.skipif(tvm.cuda().exist, reason="there is a GPU")
+TOY = ROOT / "examples" / "toy" / "checkpoint"
+ADAPTER = ROOT / "examples" / "toy" / "adapters" / "rotate"
+OPTIONS = dict(max_batch_size=4, context_length=128, prefill_chunk_size=32)
+CASES = {
+    "sm_80": ("cuda", "q0f32", {}),
+    "sm_90": ("cuda:sm_90", "q4f16_1", {"max_loras": 2, "max_rank": 32}),
+}
 
-pytestmark = pytest.mark.skipif(
-    nvrtc.missing() is not None, reason="NVIDIA's compiler is not installed"
-)
-
-
-def fat_binary(library: Path) -> bytes:
-    """What the library carries, read without our own code."""
-    data = library.read_bytes()
-    found = CARRIED.findall(data)
-    assert len(found) == 1
-    assert b"__global__" not in data, "a source as well"
-    return zlib.decompress(base64.b64decode(found[0]))
+pytestmark = [
+    pytest.mark.skipif(nvrtc.missing() is not None, reason="NVIDIA's compiler is not installed"),
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
 
 
-def launched(library: Path) -> set[str]:
-    """The kernels that the host's code asks TVM for, by their names in the library."""
-    return set(re.findall(rb"\b\w+_kernel(?:_\d+)?\b", library.read_bytes()))
+@dataclass(frozen=True)
+class Compiled:
+    arch: str
+    artifact: phi3c.Artifact
+    source: str  # CUDA's, of all kernels
+    code: nvrtc.DeviceCode
+    options: dict
+
+
+@pytest.fixture(scope="module", params=CASES)
+def toy(request, tmp_path_factory) -> Compiled:
+    """The toy model; its folder has kernels.so beside the artifact."""
+    target, quantization, more = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    seen: list[tuple[str, nvrtc.DeviceCode]] = []
+
+    def keep(source: str, arch: str) -> nvrtc.DeviceCode:
+        seen.append((source, nvrtc.compile_source(source, arch)))
+        return seen[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codegen, "compile_source", keep)
+        made = phi3c.compile(TOY, target, quantization, folder / "artifact", **OPTIONS, **more)
+    ((source, code),) = seen
+    emulated(source, folder)
+    return Compiled(request.param, made, source, code, more)
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory) -> phi3c.Artifact:
-    folder = tmp_path_factory.mktemp("cuda") / "tiny"
-    return phi3c.compile(
-        ROOT / "configs" / "tiny.json", "cuda:sm_90", "q4f16_1", folder, max_loras=2
-    )
+def driver(tmp_path_factory) -> Path:
+    return stub_driver(tmp_path_factory.mktemp("driver"))
 
 
-def test_a_library_carries_machine_code_of_every_kernel(artifact):
-    code, needs = fat_binary(artifact.library), artifact.manifest.target.needs
-    assert needs.arch == "sm_90"
-    assert code.count(b"\x7fELF") >= 1
-    kernels = launched(artifact.library)
-    assert len(kernels) >= needs.kernels
-    missing = {name for name in kernels if name not in code}
-    assert not missing
-    assert 32 <= needs.threads <= 256 and 0 < needs.shared_bytes <= 48 * 1024
+def run(program: str, *arguments: object, env: dict[str, str]) -> str:
+    command = [sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments)]
+    env = env | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
-def architectures(code: bytes) -> set[int]:
-    """Of the ELF files in a fat binary: the second byte of their flags."""
-    places = [match.start() for match in re.finditer(b"\x7fELF", code)]
-    return {struct.unpack_from("<I", code, place + 48)[0] >> 8 & 0xFF for place in places}
+# What a library holds
 
 
-def test_the_code_is_for_the_architecture_that_was_asked_for(artifact):
-    assert architectures(fat_binary(artifact.library)) == {90}
-    empty = 'extern "C" __global__ void f() {}'
-    for arch in (80, 89, 120):
-        code = nvrtc.compile_source(empty, f"sm_{arch}").fat_binary
-        assert architectures(code) == {arch}
+def fat_binary(library: Path) -> tuple[bytes, bytes]:
+    """What the library carries, and the rest of the library; read without our own code."""
+    data = library.read_bytes()
+    magic = struct.pack("<IH", 0xBA55ED50, 1)
+    assert data.count(magic) == 1
+    start = data.index(magic)
+    header, size = struct.unpack_from("<HQ", data, start + 6)
+    end = start + header + size
+    return data[start:end], data[:start] + data[end:]
 
 
-def test_a_kernel_that_spills_registers_is_compiled(tmp_path):
-    """The toy's prefill attention in float32: slower, not wrong."""
-    toy = ROOT / "examples" / "toy" / "checkpoint"
-    made = phi3c.compile(toy, "cuda:sm_80", "q0f32", tmp_path / "toy")
-    assert made.manifest.target.needs.arch == "sm_80"
+def kernels_of(code: bytes) -> set[str]:
+    """By the sections of the ELF file in it."""
+    cubin = code[code.index(b"\x7fELF") :]
+    table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 40)
+    sections = [struct.unpack_from("<II16xQQ", cubin, table + size * i) for i in range(count)]
+    strings = sections[names][2]
+    found = [cubin[strings + s[0] :].split(b"\0", 1)[0].decode() for s in sections]
+    return {name.removeprefix(".text.") for name in found if name.startswith(".text.")}
+
+
+def test_a_library_holds_machine_code_of_the_kernels_that_are_launched(toy):
+    code, rest = fat_binary(toy.artifact.library)
+    needs = toy.artifact.manifest.target.needs
+    assert needs.arch == toy.arch
+    cubin = code[code.index(b"\x7fELF") :]
+    machine, flags = struct.unpack_from("<H28xI", cubin, 18)
+    assert machine == 190 and f"sm_{flags >> 8 & 0xFF}" == toy.arch
+    launched = {name.decode() for name in re.findall(rb"\b\w+_kernel(?:_\d+)?\b", rest)}
+    assert kernels_of(cubin) == launched and len(launched) == needs.kernels
+    assert b"__global__" not in rest and b"fatbin" in rest
+
+
+def test_every_kernel_has_threads_and_fits(toy):
+    """None is a loop of the host's, or of one thread."""
+    bounds = re.findall(r"__launch_bounds__\((\d+)\) (\w+)\(", toy.source)
+    needs = toy.artifact.manifest.target.needs
+    assert len(set(bounds)) == toy.source.count('extern "C" __global__') // 2 == needs.kernels
+    assert min(int(threads) for threads, _ in bounds) >= 32
+    bodies = re.split(r'^extern "C" __global__.*\{$', toy.source, flags=re.MULTILINE)[1:]
+    assert all("threadIdx" in body for body in bodies)
+    assert needs.threads <= 256 and needs.shared_bytes <= 32768
+    assert max(kernel.spilled for kernel in toy.code.kernels) <= 16  # bytes of a thread
+    threads = {name: int(count) for count, name in bounds}
+    assert all(k.registers * threads[k.name] <= 65536 for k in toy.code.kernels)
+
+
+def test_indices_are_of_32_bits(toy):
+    kernels = toy.source[toy.source.index('extern "C"') :]
+    assert "int64_t" not in kernels and "long" not in kernels
 
 
 @pytest.mark.parametrize(("target", "quantization"), [("cuda:sm_90", "q4f16_1"), ("cuda", "q0f16")])
@@ -92,23 +147,15 @@ def test_all_of_phi3_mini(tmp_path, target, quantization):
     scheme = parse_scheme(quantization)
     with codegen.collected(place.arch) as collected:
         made = compile_library(config, scheme, place, Limits(8, 4096, 512), tmp_path / "model.so")
-    kernels = [kernel for code in collected.codes for kernel in code.kernels]
-    assert made.needs.kernels == len(kernels) == 36
+    kernels = [kernel for code in collected.codes.values() for kernel in code.kernels]
+    assert kernels_of(fat_binary(tmp_path / "model.so")[0]) == {kernel.name for kernel in kernels}
+    assert made.needs.kernels == len(kernels)
     assert not [kernel for kernel in kernels if kernel.spilled]
     assert made.needs.threads <= 256 and made.needs.shared_bytes <= 48 * 1024
 
 
-def test_the_loader_unpacks_what_is_carried(artifact):
-    code = fat_binary(artifact.library)
-    assert carrier.fat_binary_of(carrier.carried(code)) == code
-    assert carrier.fat_binary_of('extern "C" __global__ void f() {}') is None
-    carrier.teach_loader()
-    unpack = tvm_ffi.get_global_func("tvm_callback_cuda_compile")  # what TVM calls
-    assert bytes(unpack(carrier.carried(code))) == code
-
-
-def test_outside_a_compilation_tvm_builds_as_ever(artifact):
-    """The functions of TVM that were wrapped are those of other programs too."""
+def test_outside_a_compilation_tvm_builds_as_ever(toy):
+    """The function of TVM that was wrapped is one of other programs too."""
 
     @T.prim_func(s_tir=True)
     def add_one(a: T.handle):
@@ -119,6 +166,16 @@ def test_outside_a_compilation_tvm_builds_as_ever(artifact):
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_90", "host": "llvm"})
     built = tvm.compile(tvm.IRModule({"main": add_one}), target=target)
     assert "__global__" in built.mod.imports[0].inspect_source("cuda")
+
+
+def test_a_blob_that_we_did_not_compile_is_refused():
+    module = struct.pack("<Q4sQQ3s", 4, b"cuda", 0, 3, b"abc")
+    body = struct.pack("<3QQ", 2, 0, 0, 0)
+    body += struct.pack("<Q4sQ", 4, b"cuda", len(module)) + module
+    blob = struct.pack("<Q", len(body)) + body
+    assert b"fatbin" in packing.compiled_blob(blob, {"abc": b"code"})
+    with pytest.raises(KeyError, match="source was not compiled"):
+        packing.compiled_blob(blob, {"ab": b"code"})
 
 
 def test_a_source_that_does_not_compile_is_refused():
@@ -134,6 +191,36 @@ def test_what_a_kernel_takes_is_told():
     (kernel,) = code.kernels
     assert (kernel.name, kernel.shared_bytes, kernel.spilled) == ("f", 256, 0)
     assert kernel.registers > 0
+
+
+# How it runs
+
+
+def test_a_model_runs_as_on_the_cpu(toy, driver, tmp_path):
+    """By TVM's runtime alone, without its compiler."""
+    adapter = [ADAPTER] if toy.options else []
+    kernels = toy.artifact.path.parent / "kernels.so"
+    env = environment(driver, "9.0 80", kernels) | {"TVM_USE_RUNTIME_LIB": "1"}
+    run("cuda_workout.py", toy.artifact.path, tmp_path / "found.npy", *adapter, env=env)
+    quantization = toy.artifact.manifest.quantization
+    scheme = quantization if quantization.startswith("q0") else f"{quantization}:float"
+    phi3c.compile(TOY, "cpu", scheme, tmp_path / "cpu", **OPTIONS, **toy.options)
+    expected = cuda_workout.logits(tmp_path / "cpu", *(adapter or [None]))
+    found = np.load(tmp_path / "found.npy")
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error <= (1e-5 if "f32" in quantization else 5e-3), error
+
+
+@pytest.mark.parametrize("toy", ["sm_90"], indirect=True)
+def test_devices_that_do_not_suffice_are_refused(toy, driver):
+    """In a process that has a stub of a driver."""
+    run("cuda_program.py", "devices", toy.artifact.path, env=environment(driver, "9.0 80"))
+
+
+def test_a_machine_with_a_gpu_compiles_the_same_library(driver, tmp_path):
+    for name, env in ("with.so", environment(driver, "9.0 80")), ("without.so", dict(os.environ)):
+        run("cuda_program.py", "compile", tmp_path / name, env=env)
+    assert (tmp_path / "with.so").read_bytes() == (tmp_path / "without.so").read_bytes()
 
 
 # Bad input
@@ -163,27 +250,26 @@ def test_more_parts_than_an_architecture_are_refused():
         parse_target("cuda:sm_90:x")
 
 
-@no_gpu
-def test_a_gpu_that_is_not_there_is_named(artifact):
-    with pytest.raises(TargetError, match="found 'cuda:native', but no GPU with CUDA"):
+@pytest.mark.skipif(found_gpu(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(toy):
+    with pytest.raises(TargetError, match="found 'cuda:native', but no GPU: cuda: found no driver"):
         parse_target("cuda:native")
-    with pytest.raises(DeviceError, match="device: found cuda:0; accepted: an NVIDIA GPU that is"):
-        phi3c.load(artifact.path)
-    with pytest.raises(DeviceError, match="device: found cuda:3"):
-        phi3c.load(artifact.path, device="cuda:3")
+    with pytest.raises(DeviceError, match="cuda: found no driver .* version 580 or later"):
+        phi3c.load(toy.artifact.path)
+    with pytest.raises(TargetError, match="device: found 'cpu'; accepted: cuda, cuda:<index>"):
+        phi3c.load(toy.artifact.path, device="cpu")
 
 
-def test_changed_machine_code_is_noticed(artifact, tmp_path):
+def test_changed_machine_code_is_noticed(toy, tmp_path):
     other = tmp_path / "changed"
     other.mkdir()
-    for file in artifact.path.iterdir():
+    for file in toy.artifact.path.iterdir():
         if file.is_file():
             (other / file.name).write_bytes(file.read_bytes())
     data = bytearray((other / "model.so").read_bytes())
-    place = CARRIED.search(data).start(1) + 100
-    data[place] = ord("A") if data[place] != ord("A") else ord("B")
+    data[data.index(b"\x7fELF", data.index(struct.pack("<I", 0xBA55ED50))) + 5000] ^= 1
     (other / "model.so").write_bytes(data)
-    with pytest.raises(ArtifactError, match="model.so"):
+    with pytest.raises(ArtifactError, match="model.so: changed"):
         phi3c.Artifact.open(other).check_integrity()
 
 

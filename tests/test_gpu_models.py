@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tvm
 from conftest import build
+from cuda_device import needs_gpu
 from vulkan_device import needs_device
 
 import phi3c
@@ -36,10 +36,7 @@ PROMPTS = ("reverse hello", "sort 4 2 9 1", "upper abc", "17 + 25", "copy the qu
         pytest.param("vulkan", marks=needs_device),
         pytest.param(
             "cuda:native",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not tvm.cuda().exist, reason="no GPU with CUDA"),
-            ],
+            marks=needs_gpu,
         ),
     ],
 )

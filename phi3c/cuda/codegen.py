@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,19 +13,21 @@ import tvm
 import tvm_ffi
 
 from ..errors import TargetError
-from .carrier import carried, teach_loader
 from .nvrtc import DeviceCode, compile_source
 
-_BUILD, _AFTER = "target.build.cuda", "tvm_callback_cuda_postproc"
-_LAUNCH = re.compile(r"__launch_bounds__\((\d+)\) (\w+)\(")
+_BUILD = "target.build.cuda"
+_LAUNCH = re.compile(r"__global__ void __launch_bounds__\((\d+)\) (\w+)\(")
+# TVM has no other switch for it: a module of source, also where its CUDA runtime is loaded, which
+# would compile the source at once.
+_KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
 
 @dataclass
 class Collected:
-    """What was made for an architecture. threads: kernel → those of its workgroups."""
+    """What was made for an architecture: source → its machine code, kernel → its threads."""
 
     arch: str
-    codes: list[DeviceCode] = field(default_factory=list)
+    codes: dict[str, DeviceCode] = field(default_factory=dict)
     threads: dict[str, int] = field(default_factory=dict)
 
 
@@ -33,10 +36,11 @@ _collecting: ContextVar[Collected | None] = ContextVar("collecting", default=Non
 
 @contextmanager
 def collected(arch: str) -> Iterator[Collected]:
-    """Inside, TVM's modules for CUDA are machine code. arch: such as sm_90.
+    """Inside, what TVM builds for CUDA is compiled too, for `arch` (such as sm_90).
 
-    It may be nested; the outer one has all in the end. Raises TargetError (NVRTC's packages,
-    kernels that it refuses).
+    It may be nested; the outer one has all in the end. TVM's modules still hold the source:
+    packing.py puts the code in its place. Raises TargetError (NVIDIA's packages are missing, or
+    NVRTC refuses a kernel).
     """
     _register()
     made, outer = Collected(arch), _collecting.get()
@@ -46,7 +50,7 @@ def collected(arch: str) -> Iterator[Collected]:
     finally:
         _collecting.reset(token)
         if outer is not None:
-            outer.codes += made.codes
+            outer.codes |= made.codes
             outer.threads |= made.threads
 
 
@@ -54,32 +58,46 @@ _registered = False
 
 
 def _register() -> None:
-    """Once: TVM's functions are wrapped, and do outside `collected` what they did."""
+    """Once: TVM's function is wrapped, and does outside `collected` what it did."""
     global _registered
     if _registered:
         return
     tvm_ffi.register_error("TargetError", TargetError)  # as it passes through TVM's C++
-    teach_loader()  # where TVM finds a GPU, it loads at once what it has built
     build = tvm_ffi.get_global_func(_BUILD)
-    after = tvm_ffi.get_global_func(_AFTER, allow_missing=True)
 
-    def build_narrow(module: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
-        if _collecting.get() is not None:  # no buffer has more than 2^31 elements
-            module = tvm.tirx.transform.ForceNarrowIndexToInt32()(module)
-        return build(module, target)
-
-    def compile_after(source, target):
+    def build_and_compile(module: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
         if (made := _collecting.get()) is None:
-            return source if after is None else after(source, target)
-        return _compiled(str(source), made)
+            return build(module, target)
+        # 32-bit indices: no buffer has more than 2^31 elements (runtime/device.py refuses others).
+        module = tvm.tirx.transform.ForceNarrowIndexToInt32()(module)
+        with _environment(_KEEP_SOURCE, "1"):
+            built = build(module, target)
+        _compile(str(built.inspect_source("cuda")), made)
+        return built
 
-    tvm_ffi.register_global_func(_BUILD, build_narrow, override=True)
-    tvm_ffi.register_global_func(_AFTER, compile_after, override=True)
+    tvm_ffi.register_global_func(_BUILD, build_and_compile, override=True)
     _registered = True
 
 
-def _compiled(source: str, made: Collected) -> str:
-    code = compile_source(source, made.arch)
-    made.codes.append(code)
-    made.threads |= {name: int(threads) for threads, name in _LAUNCH.findall(source)}
-    return carried(code.fat_binary)
+def _compile(source: str, made: Collected) -> None:
+    code = made.codes[source] = compile_source(source, made.arch)
+    bounds = {name: int(threads) for threads, name in _LAUNCH.findall(source)}
+    if unbound := sorted({kernel.name for kernel in code.kernels} - set(bounds)):
+        raise TargetError(
+            f"target: cuda:{made.arch}: the kernel {unbound[0]}: its number of threads is not "
+            "known when it is compiled"
+        )
+    made.threads |= bounds
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -73,9 +73,7 @@ class CompiledPhi3:
         weakref.finalize(self, self._pool.end)
         self._vm = VirtualMachine(library, device.tvm)
         self._functions = {name: self._vm[name] for name in self.manifest.functions}
-        self._parameters = tvm.runtime.convert(
-            [device.parameter(array) for array in self._mapped.values()]
-        )
+        self._parameters = tvm.runtime.convert(device.parameters(self._mapped.values()))
 
         layout = self.manifest.adapters
         self.adapter_pools = layout and AdapterPools(layout, self.config, device.tvm)
@@ -272,11 +270,8 @@ class CompiledPhi3:
     def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
         self._pool.use(self.threads)
         info = self.manifest.functions[name]
-        args = [inputs[spec.name] for spec in info.inputs]
-        # Copied: kernels may load whole vectors, so their inputs must be aligned as TVM aligns.
-        args = [
-            a if isinstance(a, Tensor) else tvm.runtime.tensor(a, self._device.tvm) for a in args
-        ]
+        given = ((spec.name, inputs[spec.name]) for spec in info.inputs)
+        args = [v if isinstance(v, Tensor) else self._device.input(name, v) for name, v in given]
         if info.takes_pages:
             args.append(pages)
         if info.takes_adapters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -14,7 +14,11 @@ import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from ..artifact import Artifact
-from ..cuda.carrier import teach_loader
+from ..cuda.driver import CudaDevice, free_bytes
+from ..cuda.driver import devices as cuda_devices
+from ..cuda.inputs import Inputs
+from ..cuda.library import load_runtime as load_cuda_runtime
+from ..cuda.upload import uploaded
 from ..errors import DeviceError, OutOfMemoryError, TargetError
 from ..manifest import TargetInfo
 from ..memory import in_units
@@ -28,8 +32,14 @@ class RunDevice(Protocol):
 
     tvm: tvm.runtime.Device
 
-    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        """A mapped parameter, for kernels."""
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        """Mapped parameters, for kernels."""
+
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+        """A copy of a call's input: kernels may load whole vectors, so it is aligned as TVM aligns.
+
+        It may be gone when another one of that name is asked for.
+        """
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         """Raises OutOfMemoryError if `parts` (name → bytes) do not fit now."""
@@ -46,8 +56,11 @@ class HostCpu:
 
     tvm = tvm.cpu()
 
-    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        return tvm.runtime.from_dlpack(array)
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        return [tvm.runtime.from_dlpack(array) for array in arrays]
+
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+        return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         check_memory(what, parts)
@@ -66,7 +79,10 @@ class VulkanGpu:
         self._found = found
         self.tvm = tvm.vulkan(found.index)
 
-    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
+
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
         return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
@@ -88,18 +104,19 @@ class VulkanGpu:
 
 
 class TvmGpu:
-    """A GPU whose runtime TVM brings, CUDA's or Metal's: parameters are copied there, one at a
-    time. Neither has been run: there was no such GPU."""
+    """A GPU whose runtime TVM brings: parameters are copied there, one at a time."""
 
     def __init__(self, device: tvm.runtime.Device):
         self.tvm = device
 
-    def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
+
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
         return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
-        """Against what is free; on a Mac, whose memory is the GPU's too, against what Metal
-        recommends to use."""
+        """On a Mac, whose memory is the GPU's too, against what Metal recommends to use."""
         available = self.tvm.available_global_memory or self.tvm.total_global_memory
         if available and sum(parts.values()) > available:
             raise OutOfMemoryError(_no_room(what, parts, int(available), str(self.tvm)))
@@ -117,6 +134,27 @@ class TvmGpu:
         """Each call of the virtual machine is waited for."""
         with _call_times(vm, self.tvm.sync) as times:
             yield times
+
+
+class CudaGpu(TvmGpu):
+    """An NVIDIA GPU: parameters are copied there through pinned memory, inputs into memory that
+    stays allocated."""
+
+    def __init__(self, found: CudaDevice):
+        super().__init__(tvm.cuda(found.index))
+        self._found, self._inputs = found, Inputs(self.tvm)
+
+    def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
+        return list(uploaded(arrays, self.tvm))
+
+    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+        return self._inputs.tensor(name, array)
+
+    def check_memory(self, what: str, parts: dict[str, int]) -> None:
+        """TVM would tell what is free on the device that it used last."""
+        available = free_bytes(self._found.index)
+        if sum(parts.values()) > available:
+            raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
 
 
 _LARGEST_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype
@@ -179,22 +217,20 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
     return device
 
 
-def _open_cuda(target: TargetInfo, index: int) -> TvmGpu:
-    device = tvm.cuda(index)
-    if not device.exist:
+def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
+    there = cuda_devices()
+    if index >= len(there):
+        names = ", ".join(map(str, there)) or "none, as the driver finds no GPU"
+        raise DeviceError(f"device: found cuda:{index}; accepted: one that is there: {names}")
+    found, least = there[index], target.needs.arch
+    major, minor = found.capability
+    if 10 * major + minor < int(least.removeprefix("sm_")):
         raise DeviceError(
-            f"device: found cuda:{index}; accepted: an NVIDIA GPU that is there, with its driver "
-            "and a TVM whose CUDA runtime finds it"
+            f"device: found {found}; accepted: {least}, which the artifact was compiled for, or a "
+            f"later one; compile it for this GPU (target cuda:{found.arch})"
         )
-    least, found = target.needs.arch, str(device.compute_version)
-    major, _, minor = found.partition(".")
-    if 10 * int(major) + int(minor) < int(least.removeprefix("sm_")):
-        raise DeviceError(
-            f"device: cuda:{index} has compute capability {found}; accepted: that of {least} or a "
-            f"later one, which the artifact was compiled for (target cuda:sm_{major}{minor})"
-        )
-    teach_loader()
-    return TvmGpu(device)
+    load_cuda_runtime()
+    return CudaGpu(found)
 
 
 def _open_metal(target: TargetInfo, index: int) -> TvmGpu:

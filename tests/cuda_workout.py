@@ -1,0 +1,61 @@
+"""Run as a program, with an artifact and a file to write: logits of a prompt in chunks, of decoding
+steps alone and in a batch, of a tree of drafts, with and without an adapter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import tvm_ffi
+
+import phi3c
+
+PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 60, 21)]
+
+
+def logits(folder: Path, adapter: Path | None) -> np.ndarray:
+    """`[rows, vocab]`."""
+    model = phi3c.load(folder)
+    cache = model.create_paged_kv_cache(max_total_seq_len=128)
+    slot = None
+    if adapter is not None:
+        model.load_adapter(adapter, "one")
+        slot = model.acquire_adapter("one")
+    rows = []
+
+    def forward(run, ids, tokens, lengths, *more, plain=(), **options):
+        """plain: sequences without the adapter."""
+        slots = [
+            -1 if i in plain else slot for i, n in zip(ids, lengths, strict=True) for _ in range(n)
+        ]
+        options |= {} if slot is None else {"token_slot": slots}
+        with cache.forward(ids, lengths, **options):
+            found = run(model.embed(tokens), *more, cache)[0].numpy()
+        rows.extend(found.reshape(-1, found.shape[-1]))
+
+    cache.add_sequence(0)
+    forward(model.prefill, [0], PROMPT[:18], [18])
+    forward(model.prefill, [0], PROMPT[18:20], [2])
+    forward(model.decode, [0], PROMPT[20:], [1])
+    cache.fork_sequence(0, 1)
+    cache.add_sequence(2)
+    ends = np.array([0, 4])
+    forward(model.batch_prefill, [1, 2], [7, *PROMPT[:4]], [1, 4], ends)
+    forward(model.batch_decode, [0, 1, 2], [5, 6, 7], [1, 1, 1])
+    forward(model.batch_verify, [2], [40, 41, 42, 43], [4], tree_parents=[-1, 0, 0, 2])
+    cache.commit_accepted_token_tree_nodes([2], [3])
+    forward(model.batch_decode, [0, 2], [8, 9], [1, 1], plain=[2])
+    return np.array(rows)
+
+
+def _refuse(source):
+    raise AssertionError("compiled when it is loaded")
+
+
+if __name__ == "__main__":
+    import tvm  # noqa: F401 (registers the function that is replaced)
+
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", _refuse, override=True)
+    artifact, target, *adapter = map(Path, sys.argv[1:])
+    np.save(target, logits(artifact, adapter[0] if adapter else None))
