@@ -34,9 +34,9 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
 
     device: `cpu`, `vulkan`, `vulkan:<index>`, `metal`, `metal:<index>`, or None for the first of
     the artifact's own kind. threads: CPU threads, None for all physical cores. Raises ArtifactError
-    (broken, changed, not linked, or for another CPU), TargetError (compiled for another kind of device), DeviceError (it is not there,
-    or lacks what the kernels need) and OutOfMemoryError (weights, workspace and slots for adapters
-    do not fit) before anything of it runs.
+    (broken, changed, not linked, or for another CPU), TargetError (compiled for another kind of
+    device), DeviceError (it is not there, or lacks what the kernels need) and OutOfMemoryError
+    (weights, workspace and slots for adapters do not fit) before anything of it runs.
     """
     artifact = Artifact.open(path)
     threads = check_threads(threads)
