@@ -17,15 +17,15 @@ from .vulkan import load_runtime
 def device_code(place: Target) -> Iterator[Callable[[], DeviceNeeds | None]]:
     """Inside, TVM can build for the target; then the function says what was built.
 
-    Raises DeviceError where the part of TVM's runtime that holds the code cannot be compiled, and
-    TargetError where a kernel asks for more than every device grants.
+    Raises DeviceError where the part of TVM's runtime that holds the code cannot be compiled; the
+    function, TargetError where a kernel asks for more than every device grants.
     """
     if place.device == "cpu":
         yield lambda: None
         return
     if place.device == "metal":
         with metal.collected() as built:
-            yield lambda: _metal_needs(built)
+            yield lambda: _metal_needs(metal.kernels_of(built))
         return
     load_runtime()
     register()
