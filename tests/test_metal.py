@@ -170,7 +170,7 @@ def built(function) -> str:
 def test_what_a_kernel_asks_for_is_read_off_its_code():
     with collected() as functions:
         assert "long" not in built(kernel(64, 128))
-    assert kernels_of(functions) == [MetalKernel("mirrored_kernel", 2, 0, 64, 512, 16)]
+    assert kernels_of(functions) == [MetalKernel("mirrored_kernel", 2, 1, 64, 512, 16)]
     assert "long" in built(kernel(64, 128)), "TVM's own way, outside"
     assert len(functions) == 1
 
