@@ -86,15 +86,16 @@ class KVLayout:
 class DeviceNeeds:
     """The most that any kernel asks of a GPU.
 
-    kernels: how many there are; threads: of a workgroup; shared_bytes: of its memory;
-    argument_bytes: arguments that are no buffers; storage_bits: the narrowest values in buffers.
+    kernels: how many there are, in code_bytes; threads: of a workgroup; shared_bytes: of its
+    memory; argument_bytes (Vulkan): arguments that are no buffers; arch (CUDA): the least.
     """
 
     kernels: int
     threads: int
     shared_bytes: int
-    argument_bytes: int
-    storage_bits: int
+    code_bytes: int
+    argument_bytes: int = 0
+    arch: str = ""
 
 
 @dataclass(frozen=True)

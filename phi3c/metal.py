@@ -30,14 +30,13 @@ _collecting: ContextVar[list[tirx.PrimFunc] | None] = ContextVar("collecting", d
 @dataclass(frozen=True)
 class MetalKernel:
     """buffers, plain: arguments that are buffers, and that are not; threads: of a threadgroup;
-    shared_bytes: of its memory; storage_bits: the narrowest values in its buffers."""
+    shared_bytes: of its memory."""
 
     name: str
     buffers: int
     plain: int
     threads: int
     shared_bytes: int
-    storage_bits: int
 
 
 @contextmanager
@@ -93,8 +92,7 @@ def kernels_of(functions: Sequence[tirx.PrimFunc]) -> list[MetalKernel]:
 
 def _kernel(function: tirx.PrimFunc) -> MetalKernel:
     name = str(function.attrs["global_symbol"])
-    pointers = [p.ty for p in function.params if type(p.ty).__name__ == "PointerType"]
-    bits = [_bits(pointer.element_type.dtype) for pointer in pointers]
+    pointers = [p for p in function.params if type(p.ty).__name__ == "PointerType"]
     axes: dict[str, int] = {}
     shared = 0
     for node in _statements(function.body):
@@ -112,7 +110,6 @@ def _kernel(function: tirx.PrimFunc) -> MetalKernel:
         plain=len(function.params) - len(pointers),
         threads=prod(axes.values()),
         shared_bytes=shared,
-        storage_bits=min(bits, default=32),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import tvm
 
 from . import metal
+from .cuda import nvrtc
 from .errors import DeviceError, TargetError
 from .linker import find_linker
 from .targets import parse_target
@@ -28,7 +29,7 @@ class Readiness:
 
 def readiness() -> list[Readiness]:
     """Of every kind of target."""
-    return [_cpu(), _vulkan(), _metal()]
+    return [_cpu(), _cuda(), _vulkan(), _metal()]
 
 
 def _cpu() -> Readiness:
@@ -36,6 +37,19 @@ def _cpu() -> Readiness:
     links = _works(lambda: find_linker(parse_target("cpu")), missing)
     host = parse_target("cpu")
     return Readiness("cpu", True, links, (f"{host.mcpu} ({host.mtriple})",), tuple(missing))
+
+
+def _cuda() -> Readiness:
+    missing: list[str] = []
+    needed = nvrtc.missing()
+    if needed:
+        missing.append(f"cuda: compiling kernels needs {needed}")
+    links = _works(lambda: find_linker(parse_target("cuda")), missing)
+    found = [device for device in map(tvm.cuda, range(16)) if device.exist]
+    names = tuple(f"{device} ({device.device_name}, {device.compute_version})" for device in found)
+    if not found:
+        missing.append("cuda: found no device; an NVIDIA GPU and its driver bring one")
+    return Readiness("cuda", needed is None, links, names, tuple(missing))
 
 
 def _vulkan() -> Readiness:

@@ -1,9 +1,11 @@
 """Target names → TVM targets and the kernels that fit them.
 
-`vulkan` is any GPU with Vulkan 1.1 and 16-bit storage, in a machine like this one. `metal` is the
-GPU of any Mac with one of Apple's own chips. `cpu` is this machine's CPU, `cpu:<mcpu>` another one
-of this architecture by LLVM's name (`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of
-any machine (`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
+`vulkan` is any GPU with Vulkan 1.1 and 16-bit storage, in a machine like this one. `cuda:<arch>` is
+an NVIDIA GPU of that architecture or a later one (`cuda:sm_90`); `cuda` is `cuda:sm_80`, and
+`cuda:native` the GPU that is here. `metal` is the GPU of any Mac with one of Apple's own chips.
+`cpu` is this machine's CPU, `cpu:<mcpu>` another one of this architecture by LLVM's name
+(`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of any machine
+(`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ _AARCH64_FLAGS = {
     "sve2p1": "sve2p1",
 }
 
-_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, vulkan, metal"
+_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, cuda, cuda:<arch>, cuda:native, metal, vulkan"
+# Turing has the instructions too, but float16 at a lower rate than anybody measured here.
+_CUDA_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 # The systems that TVM's runtime is built for; LLVM would end the process on some other names.
 _TRIPLE = re.compile(r"(x86_64|aarch64|arm64)-((\w+-)?linux-gnu|apple-(darwin|macos)[\d.]*)")
 
@@ -90,8 +94,9 @@ _TRIPLE = re.compile(r"(x86_64|aarch64|arm64)-((\w+-)?linux-gnu|apple-(darwin|ma
 class Target:
     """A place to compile for.
 
-    device: what runs the kernels, `cpu`, `vulkan` or `metal`. mcpu, mtriple: of the CPU, a GPU's
-    host too; cpu_flags: what the code needs of it, as Linux names it.
+    device: what runs the kernels, `cpu`, `cuda`, `metal` or `vulkan`; arch: of CUDA, else empty.
+    mcpu, mtriple: of the CPU, a GPU's host too; cpu_flags: what the code needs of it, as Linux
+    names it.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Target:
     mcpu: str
     mtriple: str
     cpu_flags: tuple[str, ...]
+    arch: str = ""
 
 
 def parse_target(name: str) -> Target:
@@ -110,6 +116,8 @@ def parse_target(name: str) -> Target:
     if name == "metal":
         return _metal()
     kind, *parts = name.split(":")
+    if kind == "cuda" and len(parts) < 2:
+        return _cuda(name, parts[0] if parts else _CUDA_ARCHS[0])
     if kind != "cpu" or len(parts) > 2 or not all(parts):
         raise TargetError(f"target: found {name!r}; accepted: {_FORMS}")
     host = codegen.llvm_get_system_cpu()
@@ -132,15 +140,35 @@ def parse_target(name: str) -> Target:
     return Target(name, "cpu", target, CpuKernels(isa), mcpu, triple, flags)
 
 
-def _vulkan() -> Target:
-    """Its host code runs on every CPU of this architecture: it does little but launch kernels."""
+def _gpu_host() -> dict[str, str]:
+    """Every CPU of this architecture: the code there does little but launch kernels."""
     triple = codegen.llvm_get_system_triple()
     mcpu = "x86-64" if triple.startswith("x86_64") else "generic"
-    kernels = GpuKernels("float32")
+    return {"kind": "llvm", "mtriple": triple, "mcpu": mcpu}
+
+
+def _cuda(name: str, arch: str) -> Target:
+    if arch == "native":
+        device = tvm.cuda()
+        if not device.exist:
+            raise TargetError(f"target: found {name!r}, but no GPU with CUDA; accepted: {_FORMS}")
+        arch = "sm_" + str(device.compute_version).replace(".", "")
+    if arch not in _CUDA_ARCHS:
+        raise TargetError(
+            f"target: found {name!r}; accepted: cuda, cuda:native, or cuda:<arch> with one of "
+            f"{', '.join(_CUDA_ARCHS)}"
+        )
+    host, kernels = _gpu_host(), GpuKernels("float32")
+    target = tvm.target.Target({"kind": "cuda", "arch": arch, "host": host})
+    return Target(name, "cuda", target, kernels, host["mcpu"], host["mtriple"], (), arch)
+
+
+def _vulkan() -> Target:
+    host, kernels = _gpu_host(), GpuKernels("float32")
     target = tvm.target.Target(
         {
             "kind": "vulkan",
-            "host": {"kind": "llvm", "mtriple": triple, "mcpu": mcpu},
+            "host": host,
             "max_num_threads": kernels.limits.threads,
             "max_threads_per_block": kernels.limits.threads,
             "max_shared_memory_per_block": kernels.limits.shared_bytes,
@@ -148,7 +176,7 @@ def _vulkan() -> Target:
             "supports_16bit_buffer": True,
         }
     )
-    return Target("vulkan", "vulkan", target, kernels, mcpu, triple, ())
+    return Target("vulkan", "vulkan", target, kernels, host["mcpu"], host["mtriple"], ())
 
 
 def _metal() -> Target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -39,9 +40,37 @@ BASE = dict(
     pad_token_id=0,
 )
 
+# At every macro of a kernel TVMScript's parser describes all frames of the stack. Of code that is
+# in no file inspect seeks the module among all that are loaded, thousands with torch and
+# transformers, and finds none. That was three fourths of the time to make a kernel.
+inspect.modulesbyfile |= dict.fromkeys(("<ast>", "<string>"), "")
 
 _errors: dict[str, float] = {}  # model → largest error / logit scale of the whole run
 _kernel_errors: dict[str, float] = {}  # test of a kernel → largest error / largest value
+
+
+def keep(errors: dict[str, float], name: str, error: float) -> None:
+    errors[name] = max(error, errors.get(name, 0.0))
+
+
+def pytest_configure(config) -> None:
+    if hasattr(config, "workerinput"):  # pytest -n: each core has a worker already
+        torch.set_num_threads(1)
+
+
+def pytest_sessionfinish(session) -> None:
+    """A worker of `pytest -n` hands over what it has kept for the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["errors"] = [_errors, _kernel_errors]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """The summary of `pytest -n` is of all workers; one that crashed has handed over nothing."""
+    handed = getattr(node, "workeroutput", {}).get("errors", ())
+    for kept, errors in zip((_errors, _kernel_errors), handed, strict=False):
+        for name, error in errors.items():
+            keep(kept, name, error)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -60,8 +89,7 @@ def kernel_error(found: np.ndarray, expected: np.ndarray) -> float:
     assert np.isfinite(found).all()
     error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
     test = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].partition("[")[0].split()[0]
-    name = test.removeprefix("test_")
-    _kernel_errors[name] = max(error, _kernel_errors.get(name, 0.0))
+    keep(_kernel_errors, test.removeprefix("test_"), error)
     return error
 
 
@@ -104,7 +132,7 @@ class TinyModel:
         found = np.asarray(found.numpy() if hasattr(found, "numpy") else found)
         found = found.reshape(expected.shape)
         error = float(np.abs(found - expected).max() / np.abs(expected).max())
-        _errors[self.folder.name] = max(error, _errors.get(self.folder.name, 0.0))
+        keep(_errors, self.folder.name, error)
         assert error <= self.tolerance, error
         return error
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import tvm
 from conftest import compile_kernel, kernel_error
-from test_quantization import BITS, check_rounding, in_row_order, quantized, quantized_rows
+from test_quantization import (
+    BITS,
+    check_rounding,
+    in_row_order,
+    quantized,
+    quantized_rows,
+    quantizer,
+)
 
 from phi3c.adapters import layout as adapter_layout
 from phi3c.kernels.cpu.expand import expand
@@ -15,7 +22,6 @@ from phi3c.kernels.cpu.int8_gated import int8_gated
 from phi3c.kernels.cpu.int8_linear import int8_linear
 from phi3c.kernels.cpu.int8_sums import ROW_BLOCK
 from phi3c.kernels.cpu.parallel import SERIAL_ROWS
-from phi3c.kernels.cpu.quantize import quantize_rows
 from phi3c.kernels.cpu.shrink import RANK_BLOCK, int8_shrink, shrink
 from phi3c.kernels.layout import PANEL
 from phi3c.kernels.low_rank import LowRank
@@ -83,7 +89,7 @@ def test_shrink(isa, in_features, low_rank):
 )
 def test_int8_shrink(isa, in_features, low_rank):
     run = compile_kernel(int8_shrink(isa, in_features, low_rank), isa)
-    quantize = compile_kernel(quantize_rows(isa, in_features, 8), isa)
+    quantize = quantizer(isa, in_features, 8)
     adapters = Adapters(low_rank, in_features, 1)
     for n in ROWS[1:]:
         words, *_, x = quantized_rows(isa, quantize, in_features, random_rows(n, in_features))
@@ -123,7 +129,7 @@ def test_int8_linear_with_adapters(isa, bits, shape, residual, low_rank):
     form = (isa.dot.for_bits(bits), isa.int8_rows, *shape, bits, "float16", residual)
     plain = compile_kernel(int8_linear(*form), isa)
     run = compile_kernel(int8_linear(*form, low_rank), isa)
-    quantize = compile_kernel(quantize_rows(isa, in_features, spec.zero), isa)
+    quantize = quantizer(isa, in_features, spec.zero)
     adapters = Adapters(low_rank, in_features, out_features)
     for n in ROWS[1:]:
         words, *_, x = quantized_rows(isa, quantize, in_features, random_rows(n, in_features))
@@ -146,7 +152,7 @@ def test_int8_gated_with_adapters(isa, bits, shape, low_rank):
     spec, arrays, weight = quantized(bits, 2 * intermediate, in_features)
     plain = compile_kernel(int8_gated(isa, *shape, bits, "float16", 4), isa)
     run = compile_kernel(int8_gated(isa, *shape, bits, "float16", 4, low_rank), isa)
-    quantize = compile_kernel(quantize_rows(isa, in_features, spec.zero), isa)
+    quantize = quantizer(isa, in_features, spec.zero)
     adapters = Adapters(low_rank, in_features, 2 * intermediate)
     for n in ROWS[1:]:
         words, *_, x = quantized_rows(isa, quantize, in_features, random_rows(n, in_features))

@@ -236,12 +236,12 @@ def test_a_missing_folder_or_manifest_is_refused(tmp_path):
         ("3", "not the manifest of a phi3c artifact"),
         ("{}", "not the manifest of a phi3c artifact"),
         ('{"manifest_version": 3, "name": "x"}', "not the manifest of a phi3c artifact"),
-        ('{"format": "phi3c"}', "format_version: found None; accepted: 3"),
-        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 3. Make it again"),
-        ('{"format": "phi3c", "format_version": 2}', "found 2; accepted: 3. Make it again"),
-        ('{"format": "phi3c", "format_version": 3}', "edited by hand or damaged"),
-        (signed({"format": "phi3c", "format_version": 3}), "broken manifest"),
-        (signed({"format": "phi3c-weights", "format_version": 3}), "not the manifest of a phi3c"),
+        ('{"format": "phi3c"}', "format_version: found None; accepted: 4"),
+        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 4. Make it again"),
+        ('{"format": "phi3c", "format_version": 3}', "found 3; accepted: 4. Make it again"),
+        ('{"format": "phi3c", "format_version": 4}', "edited by hand or damaged"),
+        (signed({"format": "phi3c", "format_version": 4}), "broken manifest"),
+        (signed({"format": "phi3c-weights", "format_version": 4}), "not the manifest of a phi3c"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path, text, message):
@@ -421,8 +421,8 @@ class Block(importlib.abc.MetaPathFinder):
         package, _, rest = name.partition(".")
         unit = rest.partition(".")[0]
         if package == "phi3c" and unit not in {
-            "", "adapters", "artifact", "config", "errors", "hub", "manifest", "memory",
-            "runtime", "tensor_file", "triple"
+            "", "adapters", "artifact", "config", "cuda", "errors", "hub", "manifest", "memory",
+            "runtime", "tensor_file", "triple", "vulkan"
         }:
             raise ImportError(f"{name} is blocked")
 

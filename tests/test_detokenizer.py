@@ -272,11 +272,11 @@ def test_time_per_token_does_not_grow(kind: str, text: str) -> None:
     detokenizer = IncrementalDetokenizer(tokenizer, ("never said",))
     times = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(3000):
             for token_id in ids:
                 detokenizer.add(token_id)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     assert times[1] < 5 * times[0] + 0.1
 
 

@@ -679,7 +679,7 @@ def run(*args: str, hub: FakeHub, home: Path, **env: str) -> subprocess.Complete
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     env = {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), **env}
     return subprocess.run(
-        [sys.executable, "-m", "phi3c", *args], env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "phi3c", *args], env=env, capture_output=True, text=True, timeout=300
     )
 
 

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "output_folder": {"artifact", "errors", "memory"},
     "memory": {"manifest", "tensor_file"},
     "vulkan": {"errors", "memory"},
+    "cuda": {"errors"},
     # compile wing
     "kernels": set(),
     "quantization": {"kernels", "errors"},
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "pipeline": {"passes"},
     "spirv": {"errors"},
     "metal": {"errors"},
-    "device_code": {"manifest", "metal", "spirv", "targets", "vulkan"},
+    "device_code": {"cuda", "manifest", "metal", "spirv", "targets", "vulkan"},
     "targets": {"kernels", "errors"},
     "linker": {"errors", "targets", "triple"},
     "link": {"artifact", "errors", "linker", "targets", "output_folder"},
@@ -70,12 +71,13 @@ MAY_IMPORT = {
     | {"linker", "manifest"}
     | {"model", "output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
-    "runtime": {"adapters", "artifact", "config", "errors", "manifest", "memory", "tensor_file"}
+    "runtime": {"adapters", "artifact", "config", "cuda", "errors", "manifest", "memory"}
+    | {"tensor_file"}
     | {"triple", "vulkan"},
     "engine": {"runtime", "config", "errors", "artifact", "manifest"},
     "serve": {"engine", "runtime", "config", "errors", "artifact"},
     # above both wings
-    "readiness": {"errors", "linker", "metal", "targets", "vulkan"},
+    "readiness": {"cuda", "errors", "linker", "metal", "targets", "vulkan"},
     "": {"config", "artifact", "compiler", "converter", "engine", "runtime"},
     "reference": {"config", "errors"},
     "artifact_cache": {"artifact", "compiler", "converter", "errors", "manifest", "sources"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import kernel_twins as twins
 import numpy as np
 import pytest
@@ -125,6 +127,12 @@ def quantized_rows(isa, run, features: int, *inputs: np.ndarray):
     return out, *in_row_order(isa, out.numpy())
 
 
+@cache
+def quantizer(isa, features: int, zero: int):
+    """quantize_rows, compiled."""
+    return compile_kernel(quantize_rows(isa, features, zero), isa)
+
+
 def check_rounding(x: np.ndarray, a, scale, offset, back, zero: int) -> None:
     """That a, scale and offset are x `[m, features]` rounded."""
     groups = x.reshape(scale.shape + (32,))
@@ -147,15 +155,13 @@ def some_rows(isa, features: int):
 def test_what_is_not_a_number_stays_so(isa):
     x = np.ones((3, 64), np.float32)
     x[0, 5], x[1, 40] = np.nan, np.inf
-    _, _, scale, _, back = quantized_rows(
-        isa, compile_kernel(quantize_rows(isa, 64, 8), isa), 64, x
-    )
+    _, _, scale, _, back = quantized_rows(isa, quantizer(isa, 64, 8), 64, x)
     assert np.isfinite(scale).tolist() == [[False, True], [True, False], [True, True]]
     assert np.abs(back[2] - 1).max() <= 1e-6
 
 
 def test_quantize_rows(isa):
-    run = compile_kernel(quantize_rows(isa, 96, 7), isa)
+    run = quantizer(isa, 96, 7)
     for x in some_rows(isa, 96):
         check_rounding(x, *quantized_rows(isa, run, 96, x)[1:], zero=7)
 
@@ -187,7 +193,7 @@ def test_int8_linear(isa, bits, shape, residual):
     dot = isa.dot.for_bits(bits)
     kernel = int8_linear(dot, isa.int8_rows, *shape, bits, "float16", residual)
     run = compile_kernel(kernel, isa)
-    quantize = compile_kernel(quantize_rows(isa, in_features, spec.zero), isa)
+    quantize = quantizer(isa, in_features, spec.zero)
     for m in ROWS:
         rng = np.random.default_rng(m)
         x = (100 * rng.standard_normal((m, in_features))).astype(np.float32)
@@ -207,7 +213,7 @@ def test_int8_gated(isa, bits, shape):
     intermediate, in_features = shape
     spec, arrays, weight = quantized(bits, 2 * intermediate, in_features)
     run = compile_kernel(int8_gated(isa, *shape, bits, "float16", 4), isa)
-    quantize = compile_kernel(quantize_rows(isa, in_features, spec.zero), isa)
+    quantize = quantizer(isa, in_features, spec.zero)
     for m in ROWS:
         x = np.random.default_rng(m).standard_normal((m, in_features)).astype(np.float32)
         inputs, *_, rounded = quantized_rows(isa, quantize, in_features, x)
@@ -227,7 +233,7 @@ def test_int8_linear_at_the_ends_of_the_range(isa, bits):
     zero = GroupQuantization(bits, 32, "float32").zero
     linear = int8_linear(isa.dot.for_bits(bits), isa.int8_rows, 17, 64, bits, "float32", False)
     run = compile_kernel(linear, isa)
-    quantize = compile_kernel(quantize_rows(isa, 64, zero), isa)
+    quantize = quantizer(isa, 64, zero)
     words, scale = layout.pack_groups(q, bits), layout.pack_scales(np.ones((17, 2), np.float32))
     for m in (1, 2, isa.int8_rows, len(x)):
         inputs, *_ = quantized_rows(isa, quantize, 64, x[:m])

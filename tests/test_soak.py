@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,15 +104,27 @@ def test_asyncio_streams_many_at_once(toy):
     assert sum(text == p.answer for text, p in zip(texts, asked, strict=True)) >= 59
 
 
-def slow(engine: Engine, name: str, monkeypatch) -> None:
-    """A call of the engine that takes a twentieth of a second longer."""
-    call = getattr(engine, name)
+class Held:
+    """A call of the engine that stops in the engine's thread until it is let go."""
 
-    def slowly(*args):
-        time.sleep(0.05)
-        return call(*args)
+    def __init__(self, monkeypatch, engine: Engine, name: str, fails: Exception | None = None):
+        self._inside, self._goes_on = threading.Event(), threading.Event()
+        call = getattr(engine, name)
 
-    monkeypatch.setattr(engine, name, slowly)
+        def held(*args):
+            self._inside.set()
+            assert self._goes_on.wait(60)
+            if fails is not None:
+                raise fails
+            return call(*args)
+
+        monkeypatch.setattr(engine, name, held)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self._inside.wait, 60)
+
+    def let_go(self) -> None:
+        self._goes_on.set()
 
 
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
@@ -126,31 +138,35 @@ def test_asyncio_submit_that_is_cancelled_leaves_no_request(toy, monkeypatch, na
         engine = Engine(toy)
         async with AsyncEngine(engine) as served:
             handle = await served.submit(Request([5, 6], ENDLESS))
-            slow(engine, name, monkeypatch)
-            await asyncio.sleep(0.02)
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(served.submit(Request([7, 8], ENDLESS)), 0.01)
+            held = Held(monkeypatch, engine, name)
+            if name == "step":
+                await held.reached()
+            submitting = asyncio.create_task(served.submit(Request([7, 8], ENDLESS)))
+            await held.reached()
+            submitting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await submitting
+            held.let_go()
             await served.cancel(handle)
-            assert (await served.metrics()).cancelled == 2 or name == "step"
+            assert (await served.metrics()).cancelled == 2
             assert engine.idle
 
     asyncio.run(run())
 
 
 def test_asyncio_submit_beside_a_step_that_fails(toy, monkeypatch):
-    def fails(parts):
-        time.sleep(0.05)
-        raise OSError("gone")
-
     async def run() -> None:
         engine = Engine(toy)
-        monkeypatch.setattr(engine, "_run", fails)
+        held = Held(monkeypatch, engine, "_run", fails=OSError("gone"))
         async with AsyncEngine(engine) as served:
             handle = await served.submit(Request([5, 6], GREEDY))
-            await asyncio.sleep(0.02)
+            await held.reached()
+            submitting = asyncio.create_task(served.submit(Request([5, 7], GREEDY)))
+            await held.reached()  # and the second one waits for the step
+            held.let_go()
             with pytest.raises(RuntimeError, match="step failed: gone"):
-                late = await served.submit(Request([5, 7], GREEDY))
-                await asyncio.wait_for(anext(served.stream(late)), 5)
+                late = await submitting
+                await asyncio.wait_for(anext(served.stream(late)), 60)
             with pytest.raises(RuntimeError, match="step failed: gone"):
                 await anext(served.stream(handle))
             assert isinstance(handle.error.__cause__, OSError)
@@ -181,10 +197,10 @@ def test_asyncio_cancel_by_another_ends_every_stream(toy):
                 return take()
 
             second.take = take_and_end
-            await asyncio.wait_for(reader, 5)
+            await asyncio.wait_for(reader, 60)
             assert calls and first.done
             await served.abort_all()
-            await asyncio.wait_for(read(served, second), 5)
+            await asyncio.wait_for(read(served, second), 60)
 
     asyncio.run(run())
 
@@ -215,17 +231,27 @@ def test_asyncio_handles(toy, monkeypatch):
 def test_asyncio_leaving_does_not_stop_the_event_loop(toy, monkeypatch):
     async def run() -> None:
         served = AsyncEngine(Engine(toy))
+        shutdown = served._grammar_thread.shutdown
+
+        def shut_down(**options) -> None:
+            leaving.set()
+            shutdown(**options)
+
+        monkeypatch.setattr(served._grammar_thread, "shutdown", shut_down)
         async with served:
-            served._grammar_thread.submit(time.sleep, 0.3)
-            leaving = time.perf_counter()
+            waiting = served._grammar_thread.submit(ticked.wait, 60)
             ticks = asyncio.create_task(tick())
-        assert time.perf_counter() - leaving > 0.2
-        assert ticks.done()
+        assert waiting.done() and waiting.result() and ticks.done()
 
     async def tick() -> None:
+        """While leaving waits for the grammar's thread, which waits for this."""
+        while not leaving.is_set():
+            await asyncio.sleep(0.001)
         for _ in range(5):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.001)
+        ticked.set()
 
+    leaving, ticked = threading.Event(), threading.Event()
     asyncio.run(run())
 
 

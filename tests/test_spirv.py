@@ -13,6 +13,7 @@ from vulkan_device import needs_device, run
 from phi3c.errors import TargetError
 from phi3c.spirv.codegen import emit, module_bytes
 from phi3c.spirv.module import DType, Module, text
+from phi3c.vulkan import devices
 
 needs_validator = pytest.mark.skipif(VALIDATOR is None, reason="no spirv-val (spirv-tools)")
 
@@ -279,6 +280,35 @@ def test_shared_memory_and_barriers():
     kernel = emitted(function)[0]
     assert (kernel.workgroup, kernel.shared_bytes) == ((half, 1, 1), 4 * half)
     check(function, [a], "float32", np.concatenate([a[:half][::-1], a[half:][::-1]]))
+
+
+@needs_device
+@pytest.mark.parametrize("name", ["shuffle", "shuffle_xor", "shuffle_up", "shuffle_down"])
+def test_values_of_other_threads_of_a_subgroup(name):
+    width = devices()[0].subgroup_size
+    shuffle = getattr(T, f"tvm_warp_{name}")
+    threads = 4 * width
+
+    @T.prim_func(s_tir=True)
+    def function(a: T.handle, o: T.handle):
+        A = T.match_buffer(a, (threads,), "float32")
+        Out = T.match_buffer(o, (threads,), "float32")
+        for _ in T.thread_binding(1, thread="blockIdx.x"):
+            for t in T.thread_binding(threads, thread="threadIdx.x"):
+                Out[t] = shuffle(T.tvm_warp_activemask(), A[t], 1, width, width)
+
+    emitted(function)
+    a = np.arange(threads, dtype=np.float32)
+    found = run(function, [a], (threads,), "float32").reshape(-1, width)
+    rows = a.reshape(-1, width)
+    if name == "shuffle":
+        np.testing.assert_array_equal(found, np.repeat(rows[:, 1:2], width, axis=1))
+    elif name == "shuffle_xor":
+        np.testing.assert_array_equal(found, rows.reshape(-1, 2)[:, ::-1].reshape(-1, width))
+    elif name == "shuffle_up":  # the first has nothing above it
+        np.testing.assert_array_equal(found[:, 1:], rows[:, :-1])
+    else:
+        np.testing.assert_array_equal(found[:, :-1], rows[:, 1:])
 
 
 @needs_device

@@ -160,7 +160,7 @@ def test_every_extension_that_llvm_may_pick_is_asked_for(mcpu, triple):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cuda", "target: found 'cuda'; accepted: cpu, cpu:<mcpu>"),
+        ("rocm", "target: found 'rocm'; accepted: cpu, cpu:<mcpu>"),
         ("", "target: found ''; accepted: cpu, cpu:<mcpu>"),
         ("cpu:", "target: found 'cpu:'; accepted: cpu, cpu:<mcpu>"),
         ("CPU", "target: found 'CPU'"),

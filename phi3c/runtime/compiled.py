@@ -32,8 +32,8 @@ Array = np.ndarray | Sequence | Tensor
 def load(path: str | Path, device: str | None = None, threads: int | None = None) -> CompiledPhi3:
     """Loads an artifact folder.
 
-    device: `cpu`, `vulkan`, `vulkan:<index>`, `metal`, `metal:<index>`, or None for the first of
-    the artifact's own kind. threads: CPU threads, None for all physical cores. Raises ArtifactError
+    device: `cpu`, or `cuda`, `metal` or `vulkan` with or without `:<index>`; None: the first of the
+    artifact's own kind. threads: CPU threads, None for all physical cores. Raises ArtifactError
     (broken, changed, not linked, or for another CPU), TargetError (compiled for another kind of
     device), DeviceError (it is not there, or lacks what the kernels need) and OutOfMemoryError
     (weights, workspace and slots for adapters do not fit) before anything of it runs.

@@ -7,15 +7,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from ..artifact import Artifact
+from ..cuda.carrier import teach_loader
 from ..errors import DeviceError, OutOfMemoryError, TargetError
-from ..manifest import Manifest
+from ..manifest import TargetInfo
 from ..memory import in_units
 from ..tensor_file import tensor_bytes
 from ..vulkan import KernelTime, VulkanDevice, check_device, devices, profiled, statistics
@@ -40,9 +41,6 @@ class RunDevice(Protocol):
         """Times what `vm` runs inside; filled at the end."""
 
 
-Gpu = TypeVar("Gpu", bound=RunDevice)
-
-
 class HostCpu:
     """The CPU: parameters stay where they are mapped, tensors have any size."""
 
@@ -58,7 +56,7 @@ class HostCpu:
         pass
 
     def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
-        return _timed_calls(vm, lambda: None)
+        return _call_times(vm)
 
 
 class VulkanGpu:
@@ -72,14 +70,9 @@ class VulkanGpu:
         return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
-        needed = sum(parts.values())
         available = self._found.memory_bytes - statistics(self._found.index).bytes_in_use
-        if needed > available:
-            detail = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
-            raise OutOfMemoryError(
-                f"{what}: needs {in_units(needed)} of memory ({detail}); found "
-                f"{in_units(max(0, available))} available on {self._found}"
-            )
+        if sum(parts.values()) > available:
+            raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
 
     def check_buffer(self, what: str, size: int) -> None:
         """Kernels count the elements of a buffer in 32 bits, but a driver may allow fewer bytes."""
@@ -94,57 +87,62 @@ class VulkanGpu:
         return profiled(self._found.index)
 
 
-class MetalGpu:
-    """A Mac's GPU, by TVM's own runtime. No part of it has been run: there was no Mac."""
+class TvmGpu:
+    """A GPU whose runtime TVM brings, CUDA's or Metal's: parameters are copied there, one at a
+    time. Neither has been run: there was no such GPU."""
 
-    def __init__(self, index: int, storage_bits: int):
-        """storage_bits: the narrowest values in buffers. Raises DeviceError if it is not there."""
-        self.tvm = tvm.metal(index)
-        if not self.tvm.exist:
-            raise DeviceError(
-                f"device: found metal:{index}; accepted: one that is there, for a TVM that was "
-                "built with Metal"
-            )
-        self._most = 2**31 * storage_bits // 8
+    def __init__(self, device: tvm.runtime.Device):
+        self.tvm = device
 
     def parameter(self, array: np.ndarray) -> tvm.runtime.Tensor:
         return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
-        """Against the working set that Metal recommends, what is in use of it unknown: the GPU's
-        memory is the machine's."""
-        needed, most = sum(parts.values()), self.tvm.total_global_memory
-        if most and needed > most:
-            detail = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
-            raise OutOfMemoryError(
-                f"{what}: needs {in_units(needed)} of memory ({detail}); Metal recommends up to "
-                f"{in_units(most)}"
-            )
+        """Against what is free; on a Mac, whose memory is the GPU's too, against what Metal
+        recommends to use."""
+        available = self.tvm.available_global_memory or self.tvm.total_global_memory
+        if available and sum(parts.values()) > available:
+            raise OutOfMemoryError(_no_room(what, parts, int(available), str(self.tvm)))
 
     def check_buffer(self, what: str, size: int) -> None:
         """Kernels count the elements of a buffer in 32 bits."""
-        if size > self._most:
+        if size > _LARGEST_BUFFER:
             raise DeviceError(
-                f"{what}: found {in_units(size)}; accepted: up to {in_units(self._most)}, what "
-                "kernels for Metal take as one buffer"
+                f"{what}: found {in_units(size)}; accepted: up to {in_units(_LARGEST_BUFFER)}, "
+                "what kernels address"
             )
 
-    def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
-        """Of calls that wait for the GPU, so their sum is more than the time without this."""
-        return _timed_calls(vm, self.tvm.sync)
+    @contextmanager
+    def kernel_times(self, vm: VirtualMachine) -> Iterator[dict[str, KernelTime]]:
+        """Each call of the virtual machine is waited for."""
+        with _call_times(vm, self.tvm.sync) as times:
+            yield times
+
+
+_LARGEST_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype
+
+
+def _no_room(what: str, parts: dict[str, int], available: int, place: str) -> str:
+    detail = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items())
+    return (
+        f"{what}: needs {in_units(sum(parts.values()))} of memory ({detail}); found "
+        f"{in_units(max(0, available))} available on {place}"
+    )
 
 
 @contextmanager
-def _timed_calls(vm: VirtualMachine, finish: Callable[[], None]) -> Iterator[dict[str, KernelTime]]:
-    """Times every call of the virtual machine, until `finish` returns."""
+def _call_times(
+    vm: VirtualMachine, wait: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, KernelTime]]:
+    """Of what a virtual machine calls inside; `wait`: until a call's kernels have ended."""
     started: list[float] = []
     spent: dict[str, list[float]] = defaultdict(list)
 
     def instrument(function, name: str, before: bool, result, *args) -> None:
-        finish()
         if before:
             started.append(time.perf_counter())
         else:
+            wait()
             spent[name].append(time.perf_counter() - started.pop())
 
     times: dict[str, KernelTime] = {}
@@ -157,8 +155,8 @@ def _timed_calls(vm: VirtualMachine, finish: Callable[[], None]) -> Iterator[dic
 
 
 def open_device(artifact: Artifact, name: str | None) -> RunDevice:
-    """name: `cpu`, `vulkan`, `vulkan:<index>`, `metal` or `metal:<index>`; None: the artifact's own
-    kind, the first of it.
+    """name: `cpu`, or `cuda`, `metal` or `vulkan`, with or without `:<index>`; None: the artifact's
+    own kind, the first of it.
 
     Raises TargetError for another kind, and DeviceError where there is no such device, or it lacks
     what the kernels or the weights need.
@@ -171,13 +169,46 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
             f"device: found {name!r}; accepted: {accepted}, as {artifact.path} was compiled for "
             f"{artifact.manifest.target.name}"
         )
-    index = int(match[2] or 0)
     if kind == "cpu":
         return HostCpu()
-    return {"vulkan": _open_vulkan, "metal": _open_metal}[kind](artifact.manifest, index)
+    index = int(match[2] or 0)
+    opened = {"cuda": _open_cuda, "metal": _open_metal, "vulkan": _open_vulkan}[kind]
+    device = opened(artifact.manifest.target, index)
+    for info in artifact.manifest.parameters:
+        device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
+    return device
 
 
-def _open_vulkan(manifest: Manifest, index: int) -> VulkanGpu:
+def _open_cuda(target: TargetInfo, index: int) -> TvmGpu:
+    device = tvm.cuda(index)
+    if not device.exist:
+        raise DeviceError(
+            f"device: found cuda:{index}; accepted: an NVIDIA GPU that is there, with its driver "
+            "and a TVM whose CUDA runtime finds it"
+        )
+    least, found = target.needs.arch, str(device.compute_version)
+    major, _, minor = found.partition(".")
+    if 10 * int(major) + int(minor) < int(least.removeprefix("sm_")):
+        raise DeviceError(
+            f"device: cuda:{index} has compute capability {found}; accepted: that of {least} or a "
+            f"later one, which the artifact was compiled for (target cuda:sm_{major}{minor})"
+        )
+    teach_loader()
+    return TvmGpu(device)
+
+
+def _open_metal(target: TargetInfo, index: int) -> TvmGpu:
+    """Kernels ask for no more than every Mac's GPU grants: metal.py, when they were compiled."""
+    device = tvm.metal(index)
+    if not device.exist:
+        raise DeviceError(
+            f"device: found metal:{index}; accepted: one that is there, for a TVM that was built "
+            "with Metal"
+        )
+    return TvmGpu(device)
+
+
+def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu:
     found = devices()
     if index >= len(found):
         there = ", ".join(map(str, found)) or "none, as no driver is installed"
@@ -185,22 +216,11 @@ def _open_vulkan(manifest: Manifest, index: int) -> VulkanGpu:
             f"device: found vulkan:{index}; accepted: one that is there: {there} (a driver for "
             "CPUs, on Debian: apt install mesa-vulkan-drivers)"
         )
-    needs = manifest.target.needs
+    needs = target.needs
     check_device(
         found[index],
         shared_memory=needs.shared_bytes,
         workgroup_invocations=needs.threads,
         push_constants=needs.argument_bytes,
     )
-    return _checked_parameters(VulkanGpu(found[index]), manifest)
-
-
-def _open_metal(manifest: Manifest, index: int) -> MetalGpu:
-    """Kernels need no more than every Mac's GPU grants: metal.py, when they were compiled."""
-    return _checked_parameters(MetalGpu(index, manifest.target.needs.storage_bits), manifest)
-
-
-def _checked_parameters(device: Gpu, manifest: Manifest) -> Gpu:
-    for info in manifest.parameters:
-        device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
-    return device
+    return VulkanGpu(found[index])

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 import tvm
 import tvm_ffi
 
+from ..errors import TargetError
 from .kernel import Kernel, emit_kernel
 
 _BUILD = "target.build.vulkan"
@@ -26,19 +27,24 @@ _collecting: ContextVar[list[Kernel] | None] = ContextVar("collecting", default=
 
 def register() -> None:
     """Makes TVM build for Vulkan, unless it can by itself."""
+    tvm_ffi.register_error("TargetError", TargetError)  # as it passes through TVM's C++
     if tvm_ffi.get_global_func(_BUILD, allow_missing=True) is None:
         tvm_ffi.register_global_func(_BUILD, _build)
 
 
 @contextmanager
 def collected() -> Iterator[list[Kernel]]:
-    """The kernels that are emitted inside: what is made of them goes by TVM's hands."""
+    """The kernels that are emitted inside: what is made of them goes by TVM's hands. It may be
+    nested; the outer one has them all in the end."""
     kernels: list[Kernel] = []
+    outer = _collecting.get()
     token = _collecting.set(kernels)
     try:
         yield kernels
     finally:
         _collecting.reset(token)
+        if outer is not None:
+            outer += kernels
 
 
 def _build(module: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:

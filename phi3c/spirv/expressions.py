@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .module import BOOL, UINT32, DType, Module
-from .opcodes import Glsl, Op, Storage
+from .opcodes import Capability, Glsl, Op, Scope, Storage
 
 # (float, signed, unsigned)
 _ARITHMETIC = {
@@ -61,6 +61,22 @@ _BITWISE = {
     "bitwise_xor": "BitwiseXor",
     "shift_left": "LShift",
     "shift_right": "RShift",
+}
+# (instruction, the capability that it needs beside GroupNonUniform)
+_SHUFFLES = {
+    "tvm_warp_shuffle": (Op.GROUP_NON_UNIFORM_SHUFFLE, Capability.GROUP_NON_UNIFORM_SHUFFLE),
+    "tvm_warp_shuffle_xor": (
+        Op.GROUP_NON_UNIFORM_SHUFFLE_XOR,
+        Capability.GROUP_NON_UNIFORM_SHUFFLE,
+    ),
+    "tvm_warp_shuffle_up": (
+        Op.GROUP_NON_UNIFORM_SHUFFLE_UP,
+        Capability.GROUP_NON_UNIFORM_SHUFFLE_RELATIVE,
+    ),
+    "tvm_warp_shuffle_down": (
+        Op.GROUP_NON_UNIFORM_SHUFFLE_DOWN,
+        Capability.GROUP_NON_UNIFORM_SHUFFLE_RELATIVE,
+    ),
 }
 
 
@@ -306,6 +322,8 @@ class Expressions:
             )
         if name in _BITWISE:
             return self._binary(_BITWISE[name], *args, dtype_of(node))
+        if name in _SHUFFLES:
+            return self._shuffled(name, node, args)
         emit = getattr(self, f"_call_{name}", None)
         if emit is None:
             raise EmitError(f"a call of {name}")
@@ -336,6 +354,22 @@ class Expressions:
         if source == target:
             return value
         return self.module.value(Op.BITCAST, self.module.type(target), value)
+
+    def _shuffled(self, name: str, node, args) -> int:
+        """args: mask (of CUDA, passed over), value, lane or distance, width, warp size."""
+        if int(args[3]) != int(args[4]):
+            raise EmitError(f"{name} in a part of a subgroup")
+        op, capability = _SHUFFLES[name]
+        self.module.need(Capability.GROUP_NON_UNIFORM)
+        self.module.need(capability)
+        value = self.expression(args[1])
+        lane = self.converted(self.expression(args[2]), dtype_of(args[2]), UINT32)
+        scope = self.module.constant(UINT32, Scope.SUBGROUP)
+        return self.module.value(op, self.module.type(dtype_of(node)), scope, value, lane)
+
+    def _call_tvm_warp_activemask(self, node, args) -> int:
+        """What CUDA's shuffles want to be told; SPIR-V's know it."""
+        return self.constant(dtype_of(node), 0xFFFFFFFF)
 
     def _call_large_uint_imm(self, node, args) -> int:
         low, high = (int(arg.value) for arg in args)

@@ -24,15 +24,13 @@ POD_BYTES = 8
 @dataclass(frozen=True)
 class Kernel:
     """arguments: the dtype of each, `handle` for a buffer; launch: TVM's tags of the grid's axes,
-    which follow the arguments of a call; storage_bits: the narrowest values in its buffers; spirv:
-    the words, little-endian."""
+    which follow the arguments of a call; spirv: the words, little-endian."""
 
     name: str
     arguments: tuple[str, ...]
     launch: tuple[str, ...]
     workgroup: tuple[int, int, int]
     shared_bytes: int
-    storage_bits: int
     spirv: bytes
 
 
@@ -50,9 +48,7 @@ def emit_kernel(function: tirx.PrimFunc) -> Kernel:
     words = emitter.module.assemble(name, workgroup)
     launch = tuple(str(tag) for tag in function.attrs["tirx.kernel_launch_params"])
     spirv = struct.pack(f"<{len(words)}I", *words)
-    sizes = [m.dtype.bits for m in emitter.buffers.values() if m.in_block]
-    shared = emitter.shared_bytes
-    return Kernel(name, arguments, launch, workgroup, shared, min(sizes, default=32), spirv)
+    return Kernel(name, arguments, launch, workgroup, emitter.shared_bytes, spirv)
 
 
 def _declare(emitter: Statements, params) -> tuple[str, ...]:

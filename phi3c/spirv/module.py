@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
+from functools import cache
 
 from .opcodes import (
     GL_COMPUTE,
@@ -37,6 +38,7 @@ class DType:
     lanes: int
 
     @staticmethod
+    @cache
     def parse(name: str) -> DType:
         """TVM's name of a dtype. Raises ValueError."""
         if not (match := _DTYPE.fullmatch(name)):

@@ -154,10 +154,11 @@ def decode_attention(
         PM = T.alloc_buffer((listed // SPLIT + batch, heads), "float32")
         PL = T.alloc_buffer((listed // SPLIT + batch, heads), "float32")
         # Heads outermost: where sequences differ in length, every thread has some of each.
+        # Truncated, as nothing is negative: floors of what is not constant take TVM seconds.
         for task in T.parallel(kv_heads * batch * parts):
-            kvh: T.let = task // (batch * parts)
-            b: T.let = task // parts % batch
-            part: T.let = task % parts
+            kvh: T.let = T.truncdiv(task, batch * parts)
+            b: T.let = T.truncmod(T.truncdiv(task, parts), batch)
+            part: T.let = T.truncmod(task, parts)
             S = T.alloc_buffer((group, keys), "float32")
             O = T.alloc_buffer((group, head_dim), "float32")
             M = T.alloc_buffer((group,), "float32")

@@ -60,18 +60,19 @@ def prefill_attention(
                 mine[0] = b
 
     @T.inline
-    def key_of(slot, fresh, end, position, QI, POS, ENTER, LEAVE, b, key):
-        """key: position, enter and leave of a slot that is counted from kv_start."""
+    def key_of(slot, nth, end, position, QI, POS, ENTER, LEAVE, b, key):
+        """key: position, enter and leave of a slot that is counted from kv_start; nth: which of the
+        new tokens it is, if it is not negative."""
         key[0] = NEVER
         key[1] = NEVER
         key[2] = NEVER
         if slot < end:
             key[0] = position
             key[1] = ALWAYS
-            if fresh >= 0:
-                key[0] = POS[QI[b] + fresh]
-                key[1] = ENTER[QI[b] + fresh]
-                key[2] = LEAVE[QI[b] + fresh]
+            if nth >= 0:
+                key[0] = POS[QI[b] + nth]
+                key[1] = ENTER[QI[b] + nth]
+                key[2] = LEAVE[QI[b] + nth]
 
     @T.inline
     def scores(K, QS, S, QP, QE, key, seen, block, kvh, lane, column, side):
@@ -224,9 +225,9 @@ def prefill_attention(
                             base: T.let = first_block + step * CHUNK
                             column: T.let = flat % KEYS
                             slot: T.let = base * KV_BLOCK + column
-                            fresh: T.let = START[b] + slot - LENGTH[b]
+                            nth: T.let = START[b] + slot - LENGTH[b]
                             key_of(
-                                slot, fresh, end, START[b] + slot, QI, POS, ENTER, LEAVE, b, key
+                                slot, nth, end, START[b] + slot, QI, POS, ENTER, LEAVE, b, key
                             )  # fmt: skip
                             seen: T.let = slot < end
                             block: T.let = T.if_then_else(seen, B[BI[b] + slot // KV_BLOCK], 0)
