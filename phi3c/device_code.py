@@ -38,7 +38,7 @@ def device_code(place: Target) -> Iterator[DeviceBuild]:
             yield DeviceBuild(lambda: _cuda_needs(made), lambda: _cuda_options(made))
     elif place.device == "metal":
         with metal.collected() as built:
-            yield DeviceBuild(lambda: _metal_needs(built))
+            yield DeviceBuild(lambda: _metal_needs(metal.kernels_of(built)))
     elif place.device == "vulkan":
         load_runtime()
         register()

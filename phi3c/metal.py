@@ -6,7 +6,7 @@ for more would be refused on the Mac, by a line that names Metal's compiler and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ BUFFERS = 31  # arguments of a kernel; all that are no buffers are in one togeth
 PLAIN_BYTES = 8  # of an argument that is no buffer
 
 _BUILD = "target.build.metal"
-_collecting: ContextVar[list[MetalKernel] | None] = ContextVar("collecting", default=None)
+_collecting: ContextVar[list[tirx.PrimFunc] | None] = ContextVar("collecting", default=None)
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,17 @@ class MetalKernel:
 
 
 @contextmanager
-def collected() -> Iterator[list[MetalKernel]]:
-    """The kernels that TVM builds inside, narrowed and checked. Raises TargetError there.
+def collected() -> Iterator[list[tirx.PrimFunc]]:
+    """The device functions that TVM builds inside, with 32-bit indices; `kernels_of` checks them,
+    as an error of ours would lose its class on its way through TVM.
 
-    Outside, TVM builds for Metal as ever. Raises TargetError at once for a TVM that cannot.
+    Outside, TVM builds for Metal as ever. Raises TargetError for a TVM that cannot.
     """
     _register()
-    kernels: list[MetalKernel] = []
-    token = _collecting.set(kernels)
+    functions: list[tirx.PrimFunc] = []
+    token = _collecting.set(functions)
     try:
-        yield kernels
+        yield functions
     finally:
         _collecting.reset(token)
 
@@ -68,24 +69,28 @@ def _register() -> None:
         return
     if not available():
         raise TargetError("metal: this TVM was built without a code generator for Metal")
-    tvm_ffi.register_error("TargetError", TargetError)  # as it passes through TVM's C++
     generate = tvm_ffi.get_global_func(_BUILD)
 
     def build(module: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
-        kernels = _collecting.get()
-        if kernels is None:
+        functions = _collecting.get()
+        if functions is None:
             return generate(module, target)
         # A buffer has fewer than 2^31 elements: open_device refuses larger ones.
         module = tirx.transform.ForceNarrowIndexToInt32()(module)
-        kernels += [checked(kernel_of(function)) for _, function in module.functions_items()]
+        functions += [function for _, function in module.functions_items()]
         return generate(module, target)
 
     tvm_ffi.register_global_func(_BUILD, build, override=True)
     _registered = True
 
 
-def kernel_of(function: tirx.PrimFunc) -> MetalKernel:
-    """What a lowered device function asks for. Raises TargetError where that is not a constant."""
+def kernels_of(functions: Sequence[tirx.PrimFunc]) -> list[MetalKernel]:
+    """What lowered device functions ask for. Raises TargetError, naming the kernel, where that is
+    more than Metal grants, or not a constant."""
+    return [checked(_kernel(function)) for function in functions]
+
+
+def _kernel(function: tirx.PrimFunc) -> MetalKernel:
     name = str(function.attrs["global_symbol"])
     pointers = [p for p in function.params if type(p.ty).__name__ == "PointerType"]
     axes: dict[str, int] = {}
