@@ -225,6 +225,7 @@ inline void same_for_all(const void* pointer) {
   sync_warp();
   for (auto p : w.pointer)
     if (p != pointer) fail("a matrix function with different pointers");
+  sync_warp();
 }
 
 template <typename T>
