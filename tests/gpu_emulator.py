@@ -21,7 +21,10 @@ TARGETS = {
     "cuda": {"kind": "cuda", "arch": "sm_80", "host": "llvm"},
     "metal": {"kind": "metal", "host": "llvm"},
 }
-_START = {"cuda": r'(?=^extern "C" __global__.*\{$)', "metal": r"(?=^struct \w+_args_t|^kernel void )"}
+_START = {
+    "cuda": r'(?=^extern "C" __global__.*\{$)',
+    "metal": r"(?=^struct \w+_args_t|^kernel void )",
+}
 _OPERAND = r'"=?[rf]"\(((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*)\)'
 _INSTRUCTIONS = {
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16": "emulator::ldmatrix_x4",
@@ -89,7 +92,8 @@ def _as_cpp(kernel: str, target: str) -> tuple[str, list[str]]:
         kernel = re.sub(r"constant (\w+)&", r"const \1&", kernel)
     define = "#define EMULATE_CUDA\n" if target == "cuda" else ""
     launch = f"""
-extern "C" long launch(void** pointers, int64_t n, unsigned* grid, unsigned threads, bool reversed) {{
+extern "C" long launch(void** pointers, int64_t n, unsigned* grid, unsigned threads,
+                       bool reversed) {{
   emulator::run_grid({{grid[0], grid[1], 1}}, {{threads, 1, 1}}, reversed,
                      [&] {{ {name}({", ".join(arguments)}); }});
   return emulator::conflicts;

@@ -143,6 +143,7 @@ def _groups(kind: GroupFormat, vector: int) -> HalfTile:
         read(W, raw, row, step, tx % 2)
         factor[0] = T.Cast("float32", W[1][row, step]) * T.float32(2**bits)
 
+    # Written out, as the shifts are chosen by Python: a loop's variable is none of its numbers.
     @T.inline
     def put_chunk(raw, factor, S, to, first):
         D = T.alloc_buffer((CHUNK,), "float16", scope="local")

@@ -90,9 +90,7 @@ def simdgroup_gemm(
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     A = T.alloc_buffer((TILE * _PITCH,), "float16", scope="shared")
                     B = T.alloc_buffer((TILE * _PITCH,), "float16", scope="shared")
-                    C = T.alloc_buffer(
-                        (threads // _SIMDGROUP * sums,), "float32", scope="shared"
-                    )
+                    C = T.alloc_buffer((threads // _SIMDGROUP * sums,), "float32", scope="shared")
                     acc = T.alloc_buffer((side * side * 64,), "float32", scope="metal.simdgroup")
                     x_raw = T.alloc_buffer((xs.registers,), xs.register_dtype, scope="local")
                     w_raw = T.alloc_buffer((ws.registers,), ws.register_dtype, scope="local")
