@@ -27,13 +27,8 @@ UNITS = {"cuda": "mma", "metal": "simdgroup"}
 TILES = {"cuda": [(4, SMALL.side), (5, LARGE.side)], "metal": [(4, TILE)]}
 VARIANTS = [(target, *tile) for target in TILES for tile in TILES[target]]
 TOLERANCE = 6e-4  # as a share of the largest value: one rounding to float16
-DEVICES = {
-    "sm_80": {"kind": "cuda", "arch": "sm_80", "host": "llvm"},
-    "sm_90": {"kind": "cuda", "arch": "sm_90", "host": "llvm"},
-    "metal": {"kind": "metal", "host": "llvm"},
-}
 KINDS = ["float16", groups(3), groups(4), groups(8)]
-SHAPES = [(9216, 3072), (101, 96)]
+LOWERED = [(9216, 3072, k) for k in KINDS] + [(101, 96, k) for k in KINDS] + [(33, 40, "float16")]
 
 needs_compiler = pytest.mark.skipif(not gpu_emulator.COMPILER, reason="no C++ compiler")
 
@@ -45,29 +40,22 @@ def linear(target: str, *args, dtype: str = "float16"):
 # What is emitted
 
 
-@cache
-def emitted(device: str, *args) -> list[str]:
-    target = "metal" if device == "metal" else "cuda"
-    return kernels_of(source_of(linear(target, *args), DEVICES[device]), target)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(("out", "in_"), [*SHAPES, (33, 40)])
-def test_kernels_use_the_units_within_the_limits(device, kind, out, in_):
-    if isinstance(kind, GroupFormat) and in_ % 32:
-        pytest.skip("groups are of 32")
-    target = "metal" if device == "metal" else "cuda"
-    found = emitted(device, out, in_, kind, True)
+@pytest.mark.parametrize("target", UNITS)
+@pytest.mark.parametrize(("out", "in_", "kind"), LOWERED, ids=str)
+def test_kernels_use_the_units_within_the_limits(target, out, in_, kind):
+    found = kernels_of(source_of(linear(target, out, in_, kind, True), target), target)
     assert len(found) == 4 + len(TILES[target])
-    for place, _ in TILES[target]:
+    steps = 2 if in_ > 32 else 1  # multiplications of a step, in the loop and after it
+    for place, side in TILES[target]:
         source = found[place]
         if target == "cuda":
-            assert source.count("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") in (16, 32)
+            fragments = 16 if side == SMALL.side else 32
+            instruction = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+            assert source.count(instruction) == steps * fragments
             assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in source
             assert int(re.search(r"__launch_bounds__\((\d+)\)", source)[1]) <= 256
         else:
-            assert source.count("simdgroup_multiply_accumulate(") == 64
+            assert source.count("simdgroup_multiply_accumulate(") == steps * 64
             assert re.search(r"simdgroup_float8x8 acc\w*\[16\]", source)
         shared = re.findall(
             r"^ +(?:__shared__ alignas\(64\)|threadgroup) (\w+) \w+\[(\d+)\];", source, re.MULTILINE
@@ -215,13 +203,16 @@ def nvrtc_cubin(source: str, arch: str, *options: str) -> tuple[bytes, str]:
     return bytes(cubin), log.decode()
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("arch", "kind"), [*(("sm_80", kind) for kind in KINDS), ("sm_90", groups(4))], ids=str
+)
 def test_nvrtc_compiles_without_spills(arch, kind):
     pytest.importorskip("cuda.bindings.nvrtc", reason="no cuda-bindings (phi3c[cuda])")
     if importlib.util.find_spec("nvidia") is None:
         pytest.skip("no nvidia-cuda-nvrtc (phi3c[cuda])")
-    source = source_of(linear("cuda", 3072, 3072, kind, True), DEVICES[arch])
+    source = source_of(
+        linear("cuda", 3072, 3072, kind, True), {"kind": "cuda", "arch": arch, "host": "llvm"}
+    )
     cubin, log = nvrtc_cubin(source, arch, "--ptxas-options=-v")
     assert cubin.startswith(b"\x7fELF")
     for kernel in ("main_kernel_4", "main_kernel_5"):

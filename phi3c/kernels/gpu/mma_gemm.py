@@ -148,19 +148,16 @@ def mma_gemm(
                         xs.put(x_raw, factor, A, 0, _place, tx)
                         ws.put(w_raw, factor, B, 0, _place, tx)
                         T.tvm_storage_sync("shared")
-                        for step in T.serial(steps):
-                            if step + 1 < steps:
-                                xs.fetch(X, x_raw, factor, n - 1, bx * side, step + 1, tx)
-                                ws.fetch(
-                                    W, w_raw, factor, out_features - 1, by * side, step + 1, tx
-                                )
+                        for step in T.serial(steps - 1):
+                            xs.fetch(X, x_raw, factor, n - 1, bx * side, step + 1, tx)
+                            ws.fetch(W, w_raw, factor, out_features - 1, by * side, step + 1, tx)
                             multiply_stage(A, B, acc, step % 2 * stage, row, out, lane)
                             # The other stage was read before the last barrier.
-                            if step + 1 < steps:
-                                other: T.let = (step + 1) % 2 * stage
-                                xs.put(x_raw, factor, A, other, _place, tx)
-                                ws.put(w_raw, factor, B, other, _place, tx)
+                            other: T.let = (step + 1) % 2 * stage
+                            xs.put(x_raw, factor, A, other, _place, tx)
+                            ws.put(w_raw, factor, B, other, _place, tx)
                             T.tvm_storage_sync("shared")
+                        multiply_stage(A, B, acc, (steps - 1) % 2 * stage, row, out, lane)
                         store_sums(R, O, acc, n, bx * side + row, by * side + out, lane)
 
     return multiply

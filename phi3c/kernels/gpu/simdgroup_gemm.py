@@ -103,17 +103,18 @@ def simdgroup_gemm(
                             T.metal.make_filled_simdgroup_matrix(acc.data, i, T.float32(0))
                         xs.fetch(X, x_raw, factor, n - 1, bx * TILE, 0, tx)
                         ws.fetch(W, w_raw, factor, out_features - 1, by * TILE, 0, tx)
-                        for step in T.serial(steps):
+                        xs.put(x_raw, factor, A, 0, _place, tx)
+                        ws.put(w_raw, factor, B, 0, _place, tx)
+                        T.tvm_storage_sync("shared")
+                        for step in T.serial(steps - 1):
+                            xs.fetch(X, x_raw, factor, n - 1, bx * TILE, step + 1, tx)
+                            ws.fetch(W, w_raw, factor, out_features - 1, by * TILE, step + 1, tx)
+                            multiply_stage(A, B, acc, row, out)
+                            T.tvm_storage_sync("shared")
                             xs.put(x_raw, factor, A, 0, _place, tx)
                             ws.put(w_raw, factor, B, 0, _place, tx)
                             T.tvm_storage_sync("shared")
-                            if step + 1 < steps:
-                                xs.fetch(X, x_raw, factor, n - 1, bx * TILE, step + 1, tx)
-                                ws.fetch(
-                                    W, w_raw, factor, out_features - 1, by * TILE, step + 1, tx
-                                )
-                            multiply_stage(A, B, acc, row, out)
-                            T.tvm_storage_sync("shared")
+                        multiply_stage(A, B, acc, row, out)
                         store_sums(
                             R, O, C, acc, n, bx * TILE + row, by * TILE + out,
                             group * sums, tx % _SIMDGROUP,
