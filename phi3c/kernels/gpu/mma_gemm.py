@@ -137,6 +137,9 @@ def mma_gemm(
                     x_raw = T.alloc_buffer((xs.registers,), xs.register_dtype, scope="local")
                     w_raw = T.alloc_buffer((ws.registers,), ws.register_dtype, scope="local")
                     factor = T.alloc_buffer((1,), "float32", scope="local")
+                    # Where the stage begins. (With step % 2 in the addresses, NVIDIA's compiler
+                    # breaks the vectors that are stored.)
+                    at = T.alloc_buffer((1,), "int32", scope="local")
                     with T.attr(0, "hand_threaded", 0):
                         lane: T.let = tx % _WARP
                         row: T.let = tx // _WARP // across * warp_rows
@@ -148,16 +151,17 @@ def mma_gemm(
                         xs.put(x_raw, factor, A, 0, _place, tx)
                         ws.put(w_raw, factor, B, 0, _place, tx)
                         T.tvm_storage_sync("shared")
+                        at[0] = 0
                         for step in T.serial(steps - 1):
                             xs.fetch(X, x_raw, factor, n - 1, bx * side, step + 1, tx)
                             ws.fetch(W, w_raw, factor, out_features - 1, by * side, step + 1, tx)
-                            multiply_stage(A, B, acc, step % 2 * stage, row, out, lane)
+                            multiply_stage(A, B, acc, at[0], row, out, lane)
                             # The other stage was read before the last barrier.
-                            other: T.let = (step + 1) % 2 * stage
-                            xs.put(x_raw, factor, A, other, _place, tx)
-                            ws.put(w_raw, factor, B, other, _place, tx)
+                            at[0] = stage - at[0]
+                            xs.put(x_raw, factor, A, at[0], _place, tx)
+                            ws.put(w_raw, factor, B, at[0], _place, tx)
                             T.tvm_storage_sync("shared")
-                        multiply_stage(A, B, acc, (steps - 1) % 2 * stage, row, out, lane)
+                        multiply_stage(A, B, acc, at[0], row, out, lane)
                         store_sums(R, O, acc, n, bx * side + row, by * side + out, lane)
 
     return multiply
