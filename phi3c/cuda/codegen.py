@@ -12,7 +12,7 @@ import tvm
 import tvm_ffi
 
 from ..errors import TargetError
-from .carrier import carried
+from .carrier import carried, teach_loader
 from .nvrtc import DeviceCode, compile_source
 
 _BUILD, _AFTER = "target.build.cuda", "tvm_callback_cuda_postproc"
@@ -55,6 +55,7 @@ def _register() -> None:
     if _registered:
         return
     tvm_ffi.register_error("TargetError", TargetError)  # as it passes through TVM's C++
+    teach_loader()  # where TVM finds a GPU, it loads what it has just built
     build = tvm_ffi.get_global_func(_BUILD)
     after = tvm_ffi.get_global_func(_AFTER, allow_missing=True)
 
