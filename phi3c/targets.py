@@ -156,7 +156,7 @@ def _cuda(name: str, arch: str) -> Target:
             f"target: found {name!r}; accepted: cuda, cuda:native, or cuda:<arch> with one of "
             f"{', '.join(_CUDA_ARCHS)}"
         )
-    host, kernels = _gpu_host(), GpuKernels("float32")
+    host, kernels = _gpu_host(), GpuKernels("float32", matrix="mma")
     target = tvm.target.Target({"kind": "cuda", "arch": arch, "host": host})
     return Target(name, "cuda", target, kernels, host["mcpu"], host["mtriple"], (), arch)
 
@@ -198,7 +198,7 @@ def _metal() -> Target:
     name lanes past its end: Metal leaves the result open, where CUDA takes the rest.
     """
     triple, mcpu = "arm64-apple-macos", "apple-m1"
-    kernels = GpuKernels("float32")
+    kernels = GpuKernels("float32", matrix="simdgroup")
     target = tvm.target.Target(
         {
             "kind": "metal",

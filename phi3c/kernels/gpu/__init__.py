@@ -17,7 +17,7 @@ from .copy import copy_slots
 from .decode_attention import decode_attention
 from .embedding import embedding, last_row, take_rows
 from .expand import expand
-from .limits import GpuLimits
+from .limits import GpuLimits, MatrixUnits
 from .linear import linear
 from .norm import rms_norm
 from .prefill_attention import prefill_attention
@@ -31,6 +31,7 @@ class GpuKernels:
 
     dtype: str
     limits: GpuLimits = GpuLimits()
+    matrix: MatrixUnits = "none"
 
     weight_layout = "gpu"  # layout.py
     kv_block = KV_BLOCK
@@ -84,7 +85,7 @@ class GpuKernels:
         out_dtype: str | None = None,
     ) -> tirx.PrimFunc:
         dtypes = (self.dtype, out_dtype or self.dtype)
-        return linear(self.limits, out_features, in_features, kind, residual, *dtypes)
+        return linear(self.limits, self.matrix, out_features, in_features, kind, residual, *dtypes)
 
     @cache  # noqa: B019
     def shrink(self, in_features: int, low_rank: LowRank) -> tirx.PrimFunc:

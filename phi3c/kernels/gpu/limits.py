@@ -1,6 +1,11 @@
 """What every GPU that we compile for grants a workgroup."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+MatrixUnits = Literal["none", "mma", "simdgroup"]
+"""Units that multiply small matrices of float16 with float32 sums: none that we use, CUDA's tensor
+cores (sm_80 and later), or Metal's simdgroup matrices (Apple7 and later)."""
 
 
 @dataclass(frozen=True)
@@ -8,7 +13,7 @@ class GpuLimits:
     """threads: of a workgroup; shared_bytes: of its shared (threadgroup) memory.
 
     The defaults are Metal's and lavapipe's; CUDA grants more. The width of a warp is not here: no
-    kernel may rely on one.
+    kernel may rely on one, but those of the MatrixUnits, which bring it along.
     """
 
     threads: int = 256

@@ -6,7 +6,10 @@ from ..root import hand_scheduled
 from ..weight_format import GroupFormat, WeightFormat
 from .gemm import gemm
 from .gemv import gemv
-from .limits import GpuLimits
+from .half_tile import has_half_tiles
+from .limits import GpuLimits, MatrixUnits
+from .mma_gemm import LARGE, SMALL, mma_gemm, rows_of_large
+from .simdgroup_gemm import simdgroup_gemm
 from .weight import weight_buffers, weight_reader
 
 GEMV_ROWS = 16  # up to here W is read once for eight rows; a tile of the GEMM has 64
@@ -14,6 +17,7 @@ GEMV_ROWS = 16  # up to here W is read once for eight rows; a tile of the GEMM h
 
 def linear(
     limits: GpuLimits,
+    matrix: MatrixUnits,
     out_features: int,
     in_features: int,
     kind: WeightFormat,
@@ -38,7 +42,17 @@ def linear(
 
     shape = (out_features, in_features, reader, dtype, store)
     one, two, four, eight = (gemv(limits, rows, *shape) for rows in (1, 2, 4, 8))
-    many = gemm(limits, *shape)
+    units = matrix if has_half_tiles(in_features, kind, dtype) else "none"
+    many_from, two_sizes = GEMV_ROWS, units == "mma"
+    some = None
+    if units == "mma":
+        many_from = rows_of_large(out_features)
+        half = (out_features, in_features, kind, store)
+        some, many = (mma_gemm(limits, tile, *half) for tile in (SMALL, LARGE))
+    elif units == "simdgroup":
+        many = simdgroup_gemm(limits, out_features, in_features, kind, store)
+    else:
+        many = gemm(limits, *shape)
 
     @T.inline
     def body(X, W, R, O, n):
@@ -50,7 +64,10 @@ def linear(
             four(X, W, R, O, n)
         for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= GEMV_ROWS))):
             eight(X, W, R, O, n)
-        for _ in T.serial(T.Cast("int64", n > GEMV_ROWS)):
+        if two_sizes:
+            for _ in T.serial(T.Cast("int64", T.And(n > GEMV_ROWS, n <= many_from))):
+                some(X, W, R, O, n)
+        for _ in T.serial(T.Cast("int64", n > many_from)):
             many(X, W, R, O, n)
 
     grouped = isinstance(kind, GroupFormat)

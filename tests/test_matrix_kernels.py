@@ -1,0 +1,221 @@
+"""Linears of many rows on tensor cores (CUDA) and simdgroup matrices (Metal): their source, run by
+an emulator (gpu_emulator.py), and what NVIDIA's compiler makes of it. No GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+import gpu_emulator
+import kernel_twins as twins
+import numpy as np
+import pytest
+from conftest import kernel_error
+from gpu_emulator import EmulatedKernel, kernels_of, plain_source, source_of
+from test_gpu_kernels import BYTES, conditions_around_barriers, groups, normal, random_weight
+
+from phi3c.kernels.gpu import GpuKernels
+from phi3c.kernels.gpu.limits import GpuLimits
+from phi3c.kernels.gpu.mma_gemm import LARGE, SMALL, rows_of_large
+from phi3c.kernels.gpu.simdgroup_gemm import TILE
+from phi3c.kernels.weight_format import GroupFormat
+
+# target → its units, and of each kernel of many rows its place in the source and its tile's side
+UNITS = {"cuda": "mma", "metal": "simdgroup"}
+TILES = {"cuda": [(4, SMALL.side), (5, LARGE.side)], "metal": [(4, TILE)]}
+VARIANTS = [(target, *tile) for target in TILES for tile in TILES[target]]
+TOLERANCE = 6e-4  # as a share of the largest value: one rounding to float16
+KINDS = ["float16", groups(3), groups(4), groups(8)]
+LOWERED = [(9216, 3072, k) for k in KINDS] + [(101, 96, k) for k in KINDS] + [(33, 40, "float16")]
+
+needs_compiler = pytest.mark.skipif(not gpu_emulator.COMPILER, reason="no C++ compiler")
+
+
+def linear(target: str, *args, dtype: str = "float16"):
+    return GpuKernels(dtype, matrix=UNITS[target]).linear(*args)
+
+
+# What is emitted
+
+
+@pytest.mark.parametrize("target", UNITS)
+@pytest.mark.parametrize(("out", "in_", "kind"), LOWERED, ids=str)
+def test_kernels_use_the_units_within_the_limits(target, out, in_, kind):
+    found = kernels_of(source_of(linear(target, out, in_, kind, True), target), target)
+    assert len(found) == 4 + len(TILES[target])
+    steps = 2 if in_ > 32 else 1  # multiplications of a step, in the loop and after it
+    for place, side in TILES[target]:
+        source = found[place]
+        if target == "cuda":
+            fragments = 16 if side == SMALL.side else 32
+            instruction = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+            assert source.count(instruction) == steps * fragments
+            assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in source
+            assert int(re.search(r"__launch_bounds__\((\d+)\)", source)[1]) <= 256
+        else:
+            assert source.count("simdgroup_multiply_accumulate(") == steps * 64
+            assert re.search(r"simdgroup_float8x8 acc\w*\[16\]", source)
+        shared = re.findall(
+            r"^ +(?:__shared__ alignas\(64\)|threadgroup) (\w+) \w+\[(\d+)\];", source, re.MULTILINE
+        )
+        assert 0 < sum(BYTES[t] * int(count) for t, count in shared) <= GpuLimits().shared_bytes
+        assert not conditions_around_barriers(source)
+
+
+@pytest.mark.parametrize("target", UNITS)
+@pytest.mark.parametrize(
+    ("in_", "kind", "dtype"),
+    [
+        (64, "float16", "float32"),
+        (64, groups(4), "float32"),
+        (64, "uint16", "float16"),
+        (64, "float32", "float16"),
+        (36, "float16", "float16"),
+    ],
+    ids=str,
+)
+def test_other_linears_stay_portable(target, in_, kind, dtype):
+    args = (40, in_, kind, False)
+    portable = GpuKernels(dtype).linear(*args)
+    found, expected = (source_of(f, target) for f in (linear(target, *args, dtype=dtype), portable))
+    assert found == expected
+    assert "mma.sync" not in found and "simdgroup_" not in found
+
+
+def test_large_tiles_are_for_what_fills_a_gpu():
+    assert rows_of_large(32064) == SMALL.side
+    assert rows_of_large(16384) == LARGE.side
+    assert rows_of_large(3072) == 5 * LARGE.side
+
+
+# What it computes
+
+
+def run(kernel, side, x, arrays, residual, out, written, reversed=False) -> tuple[np.ndarray, int]:
+    n = len(x)
+    found = np.full((n, out), np.nan, written)
+    names = "QS" if len(arrays) == 2 else "M"
+    buffers = {"X": x, "O": found, **dict(zip(names, arrays, strict=True))}
+    if residual is not None:
+        buffers["R"] = residual
+    grid = -(-n // side), -(-out // side)
+    return found, kernel(buffers, n, grid, 2 * side, reversed)
+
+
+@cache
+def sources(target: str, *args) -> list[str]:
+    return kernels_of(plain_source(linear(target, *args), target), target)
+
+
+CASES = [  # out, in, weight, residual, output
+    (70, 72, "float16", True, None),  # the last features are zeros
+    (129, 128, "float16", False, "float32"),
+    (137, 96, groups(4), True, "float32"),
+    (66, 64, groups(3), False, None),
+    (1, 96, groups(8), True, None),
+    (48, 32, GroupFormat(4, 7, "float32"), False, None),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("target", "place", "side"), VARIANTS)
+@pytest.mark.parametrize(("out", "in_", "kind", "residual", "out_dtype"), CASES, ids=str)
+def test_emulated(out, in_, kind, residual, out_dtype, target, place, side, tmp_path):
+    source = sources(target, out, in_, kind, residual, out_dtype)[place]
+    kernel = EmulatedKernel(source, target, tmp_path)
+    arrays, values = random_weight(1, out, in_, kind)
+    written = out_dtype or "float16"
+    for rows, reversed in [(17, False), (side + 9, True)]:
+        x = normal(rows, rows, in_, dtype="float16")
+        added = normal(2, rows, out, dtype="float16") if residual else None
+        found, conflicts = run(kernel, side, x, arrays, added, out, written, reversed)
+        expected = twins.row_major_linear(x, values.astype(np.float16), added)
+        assert kernel_error(found, expected) <= (TOLERANCE if written == "float16" else 2e-6)
+        assert not conflicts
+
+
+@needs_compiler
+@pytest.mark.parametrize(("target", "place", "side"), VARIANTS)
+def test_emulated_rows_stay_apart(target, place, side, tmp_path):
+    """What memory holds beside the rows does not come in, nor a row into its neighbours."""
+    kernel = EmulatedKernel(sources(target, 40, 40, "float16", False)[place], target, tmp_path)
+    arrays, _ = random_weight(1, 40, 40, "float16")
+    x = normal(3, side + 1, 40, dtype="float16")
+    alone, _ = run(kernel, side, x, arrays, None, 40, "float16")
+    x[1] = np.nan
+    beside, _ = run(kernel, side, x, arrays, None, 40, "float16")
+    assert np.isnan(beside[1]).all()
+    np.testing.assert_array_equal(np.delete(beside, 1, 0), np.delete(alone, 1, 0))
+
+
+# Of a kernel's barriers, those without which the emulator's results are wrong in one order of the
+# warps. (It does not tell on a simdgroup's barrier before it writes again, as every matrix function
+# waits for the simdgroup there.)
+BARRIERS = {
+    "cuda": r"__syncthreads\(\);",
+    "metal": r"threadgroup_barrier\(.*\);|simdgroup_barrier\(.*\);(?=\n +long)",
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("target", "place", "side"), VARIANTS)
+def test_the_emulator_sees_a_missing_barrier(target, place, side, tmp_path):
+    source = sources(target, side, 96, "float16", False, None)[place]
+    x, (arrays, values) = (
+        normal(0, side, 96, dtype="float16"),
+        random_weight(1, side, 96, "float16"),
+    )
+    expected = twins.row_major_linear(x, values)
+    for i, barrier in enumerate(list(re.finditer(BARRIERS[target], source))[:3]):
+        kernel = EmulatedKernel(
+            source[: barrier.start()] + source[barrier.end() :], target, tmp_path
+        )
+        found = [run(kernel, side, x, arrays, None, side, "float16", r)[0] for r in (False, True)]
+        assert not all(np.allclose(f, expected, atol=0.1) for f in found), i
+
+
+# What NVIDIA's compiler makes of it
+
+
+def nvrtc_cubin(source: str, arch: str, *options: str) -> tuple[bytes, str]:
+    """The cubin and the compiler's log."""
+    from cuda.bindings import nvrtc
+
+    def checked(answer):
+        code, *values = answer
+        return code, values[0] if values else None
+
+    folder = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13"
+    include = folder / "include"
+    flags = [f"--gpu-architecture={arch}", "-default-device", f"-I{include}",
+             f"-I{include / 'cccl'}", *options]  # fmt: skip
+    _, program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, None, None))
+    code, _ = checked(nvrtc.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags]))
+    _, size = checked(nvrtc.nvrtcGetProgramLogSize(program))
+    log = bytearray(size)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert code == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    _, size = checked(nvrtc.nvrtcGetCUBINSize(program))
+    cubin = bytearray(size)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    return bytes(cubin), log.decode()
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"), [*(("sm_80", kind) for kind in KINDS), ("sm_90", groups(4))], ids=str
+)
+def test_nvrtc_compiles_without_spills(arch, kind):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="no cuda-bindings (phi3c[cuda])")
+    if importlib.util.find_spec("nvidia") is None:
+        pytest.skip("no nvidia-cuda-nvrtc (phi3c[cuda])")
+    source = source_of(
+        linear("cuda", 3072, 3072, kind, True), {"kind": "cuda", "arch": arch, "host": "llvm"}
+    )
+    cubin, log = nvrtc_cubin(source, arch, "--ptxas-options=-v")
+    assert cubin.startswith(b"\x7fELF")
+    for kernel in ("main_kernel_4", "main_kernel_5"):
+        report = log[log.index(f"Compiling entry function '{kernel}'") :]
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report[:400]
+        assert int(re.search(r"Used (\d+) registers", report)[1]) <= 128  # two workgroups at once
