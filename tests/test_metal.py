@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import macho
@@ -96,7 +97,7 @@ def test_the_sources_are_what_metal_takes(unlinked, case):
         assert not [
             n for n in source.nested("barrier(") if not n.rpartition(" in ")[2][:3] == "for"
         ]
-        for word in ("bfloat", "long", "simd", "INFINITY", "NAN", "double"):
+        for word in ("bfloat", "long", "simd_", "INFINITY", "NAN", "double"):
             assert word not in source.text, (source.name, word)
 
 
@@ -111,7 +112,7 @@ def test_the_check_of_sources_sees_what_is_wrong(unlinked, tmp_path):
     sources = metal_source.sources_of(unlinked("toy", "q4f16_1"))
     one = sources["rms_norm_kernel"]
     wrong = {
-        "reserved": one.text.replace("total", "new"),
+        "reserved": one.text.replace("inverse", "new"),
         "unknown": one.text.replace("sqrt", "rsqrt_of"),
         "barrier": one.text.replace(
             "  threadgroup_barrier", "  if (blockIdx) {\nthreadgroup_barrier"
@@ -121,7 +122,7 @@ def test_the_check_of_sources_sees_what_is_wrong(unlinked, tmp_path):
         source = metal_source.MetalSource(one.name, text)
         assert "error" in metal_source.compiler_errors({one.name: source}, tmp_path)
     assert metal_source.MetalSource(one.name, wrong["barrier"]).nested("barrier(")
-    assert metal_source.MetalSource(one.name, one.text).shared_bytes == 2048
+    assert metal_source.MetalSource(one.name, one.text).shared_bytes == 1024
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,8 @@ def test_the_target():
     place = parse_target("metal")
     assert (place.device, place.mtriple) == ("metal", "arm64-apple-macos")
     assert place.tvm_target.kind.name == "metal"
-    assert place.kernels == parse_target("vulkan").kernels
+    # Of the kernels that Vulkan has, all but those of simdgroup matrices.
+    assert replace(place.kernels, matrix="none") == parse_target("vulkan").kernels
     for name in ("metal:0", "Metal", "metal:apple-m1"):
         with pytest.raises(TargetError, match=f"found '{name}'; accepted: cpu, .*metal"):
             parse_target(name)
