@@ -14,7 +14,7 @@ from .cuda.library import load_runtime as load_cuda_runtime
 from .errors import DeviceError, TargetError
 from .linker import find_linker
 from .targets import parse_target
-from .vulkan import devices, load_runtime
+from .vulkan import devices, load_runtime, tvm_has_vulkan
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _vulkan() -> Readiness:
     found: list[str] = []
 
     def look() -> None:
-        found.extend(str(device) for device in devices())
+        found.extend(_of_tvm(tvm.vulkan) if tvm_has_vulkan() else map(str, devices()))
         if not found:
             raise DeviceError(
                 "vulkan: found no device; a GPU's driver brings one, and for the CPU (slow, for "
@@ -85,10 +85,16 @@ def _metal() -> Readiness:
     if not lowers:
         missing.append("metal: this TVM was built without a code generator for Metal")
     links = _works(lambda: find_linker(parse_target("metal")), missing)
-    found = [f"metal:{index}" for index in range(8) if tvm.metal(index).exist]
+    found = _of_tvm(tvm.metal)
     if not found:
         missing.append("metal: found no device: only a Mac has one, to which artifacts are copied")
     return Readiness("metal", lowers, links, tuple(found), tuple(missing))
+
+
+def _of_tvm(device: Callable[[int], tvm.runtime.Device]) -> list[str]:
+    """Those that a runtime of TVM's own finds."""
+    there = [device(index) for index in range(8)]
+    return [f"{one}: {one.device_name}" for one in there if one.exist]
 
 
 def _works(action: Callable[[], object], missing: list[str]) -> bool:

@@ -21,6 +21,7 @@ from phi3c.engine.request import Request
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import DeviceError, InputError, OutOfMemoryError, TargetError
+from phi3c.runtime import device
 from phi3c.verify import verify
 from phi3c.vulkan import devices
 
@@ -91,6 +92,18 @@ def test_the_toy_is_right_at_every_boundary(gpu, toy, quantization):
     report = verify(toy(gpu, quantization), TOY)
     assert report.ok, report
     assert {check.boundary for check in report.checks} >= {"page", "original_max", "context_length"}
+
+
+@needs_device
+def test_a_tvm_with_a_vulkan_runtime_of_its_own(toy, monkeypatch):
+    """As if ours were TVM's: only what TVM offers of a device is used."""
+    requests = [greedy(prompt) for prompt in PROMPTS[:2]]
+    expected = answers(toy("vulkan", "q0f32"), requests)
+    monkeypatch.setattr(device, "tvm_has_vulkan", lambda: True)
+    monkeypatch.delattr(device, "devices")
+    assert answers(toy("vulkan", "q0f32"), requests) == expected
+    with pytest.raises(DeviceError, match="found vulkan:99; .* TVM's own Vulkan runtime finds it"):
+        phi3c.load(toy("vulkan", "q0f32"), device="vulkan:99")
 
 
 def test_adapters_in_one_batch(gpu, toy):

@@ -23,7 +23,15 @@ from ..errors import DeviceError, OutOfMemoryError, TargetError
 from ..manifest import TargetInfo
 from ..memory import in_units
 from ..tensor_file import tensor_bytes
-from ..vulkan import KernelTime, VulkanDevice, check_device, devices, profiled, statistics
+from ..vulkan import (
+    KernelTime,
+    VulkanDevice,
+    check_device,
+    devices,
+    profiled,
+    statistics,
+    tvm_has_vulkan,
+)
 from .host import check_memory
 
 
@@ -235,16 +243,18 @@ def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
 
 def _open_metal(target: TargetInfo, index: int) -> TvmGpu:
     """Kernels ask for no more than every Mac's GPU grants: metal.py, when they were compiled."""
-    device = tvm.metal(index)
+    return _open_of_tvm(tvm.metal(index), "for a TVM that was built with Metal")
+
+
+def _open_of_tvm(device: tvm.runtime.Device, hint: str) -> TvmGpu:
     if not device.exist:
-        raise DeviceError(
-            f"device: found metal:{index}; accepted: one that is there, for a TVM that was built "
-            "with Metal"
-        )
+        raise DeviceError(f"device: found {device}; accepted: one that is there, {hint}")
     return TvmGpu(device)
 
 
-def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu:
+def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu | TvmGpu:
+    if tvm_has_vulkan():
+        return _open_of_tvm(tvm.vulkan(index), "as TVM's own Vulkan runtime finds it")
     found = devices()
     if index >= len(found):
         there = ", ".join(map(str, found)) or "none, as no driver is installed"

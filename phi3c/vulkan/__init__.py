@@ -5,7 +5,7 @@ name: `tvm.vulkan(0)`, and modules of kind "vulkan" in an artifact's library.
 """
 
 from .devices import VulkanDevice, check_device, devices
-from .library import load_runtime, module_from_bytes, save_pipelines
+from .library import load_runtime, module_from_bytes, save_pipelines, tvm_has_vulkan
 from .measure import KernelTime, Statistics, profiled, statistics
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "profiled",
     "save_pipelines",
     "statistics",
+    "tvm_has_vulkan",
 ]

@@ -56,6 +56,15 @@ def load_runtime(
         _library = library
 
 
+def tvm_has_vulkan() -> bool:
+    """Whether TVM itself was built with a Vulkan runtime, which is then the one that runs kernels.
+
+    Raises as `load_runtime` does.
+    """
+    load_runtime()
+    return _library is None
+
+
 def module_from_bytes(data: bytes) -> tvm.runtime.Module:
     """The module of kind "vulkan" of these bytes (format: module_format.h).
 
