@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +27,7 @@ from .arguments import build_parser
 from .errors import ContextLengthError, InputError, Phi3CError
 
 if TYPE_CHECKING:
+    from .config import Phi3Config
     from .converter import Progress
     from .engine.answer import Answer
     from .engine.engine import Engine
@@ -87,6 +88,10 @@ def _compile(args: argparse.Namespace) -> int:
     from .compiler import compile
     from .describe import human_size
 
+    if args.max_rank is not None and not args.max_loras:
+        raise InputError(
+            f"--max-rank: found {args.max_rank}; accepted: with --max-loras, the number of slots"
+        )
     start = time.perf_counter()
     options = _given(args, (*_COMPILE_OPTIONS, "merge_adapter", "seed")) | _converted_scheme(args)
     with _progress(args) as progress:
@@ -149,7 +154,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .engine.answer import Answer
+    from .engine.answer import answers_together
     from .engine.grammar import grammar_from_options
     from .engine.request import Request
     from .engine.tokenizer import Tokenizer
@@ -158,19 +163,25 @@ def _generate(args: argparse.Namespace) -> int:
     text = _prompt_text(args)
     grammar = grammar_from_options(args.json_schema, args.regex, args.choice)
     adapters = _adapters(args)
-    folder = _model_folder(args)
-    if adapters and not _is_artifact(folder):
-        _fit_rank(args, folder, adapters)
+    folder = _model_folder(args, adapters)
     tokenizer = Tokenizer.from_folder(folder)
     params = _sampling_params(args, folder)
     request = Request(_prompt_ids(args, tokenizer, text), params, grammar=grammar)
-    engine = _engine(args, folder, tokenizer)
+    engine = _engine(args, folder, tokenizer, max(1, len(adapters)))
     for name, path in adapters.items():
         engine.model.load_adapter(path, name)
-    for name in adapters or [None]:
+    failed: Phi3CError | None = None
+    requests = [replace(request, adapter=name) for name in adapters or [None]]
+    for answer in answers_together(engine, requests):
+        name = answer.handle.request.adapter
         if len(adapters) > 1 and not args.json:
             print(f"{name}: ", end="")
-        _show(Answer(engine, replace(request, adapter=name)), args.json)
+        try:
+            _show(answer, args.json)
+        except Phi3CError as error:  # after the others
+            failed = failed or error
+    if failed is not None:
+        raise failed
     return 0
 
 
@@ -334,8 +345,11 @@ def _bench_engine(args: argparse.Namespace, model: CompiledPhi3) -> int:
 # What generate and chat share
 
 
-def _model_folder(args: argparse.Namespace) -> Path:
-    """The artifact, or the checkpoint that is to be compiled: either has the tokenizer."""
+def _model_folder(args: argparse.Namespace, adapters: Mapping[str, str] | None = None) -> Path:
+    """The artifact, or the checkpoint that is to be compiled: either has the tokenizer.
+
+    adapters: what is to be loaded; a compiled checkpoint gets slots for them.
+    """
     from .sources import CheckpointFolder, ConfigFile, resolve_source
 
     path = Path(args.model).expanduser()
@@ -346,6 +360,8 @@ def _model_folder(args: argparse.Namespace) -> Path:
                 f"{path}: a config has no tokenizer; accepted: an artifact, a checkpoint folder, "
                 "a .gguf file, or a repo id"
             )
+        if adapters:
+            _fit_slots(args, source.config, adapters)
         return source.path if isinstance(source, CheckpointFolder) else _compiled(args, path)
     if given := _given(args, _COMPILE_OPTIONS):
         option = "--" + next(iter(given)).replace("_", "-")
@@ -353,10 +369,12 @@ def _model_folder(args: argparse.Namespace) -> Path:
     return path
 
 
-def _engine(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Engine:
+def _engine(
+    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, sequences: int = 1
+) -> Engine:
     """Of the artifact in `folder`, or of the one that its checkpoint is compiled to.
 
-    It has KV pages for one sequence of the whole context.
+    It has KV pages for so many sequences of the whole context, as many as it can run at a time.
     """
     from .engine.draft_model import DraftModel
     from .engine.engine import Engine
@@ -374,11 +392,12 @@ def _engine(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> Eng
     model = load(folder, args.device, threads)
     page_size = 16
     room = sequence_cache_tokens(model.manifest, page_size)
+    room *= min(sequences, model.manifest.limits.max_batch_size)
     return Engine(model, tokenizer, room, page_size, speculation=speculation)
 
 
 def _adapters(args: argparse.Namespace) -> dict[str, str]:
-    """Name → folder or repo id. A checkpoint is compiled with a slot for each."""
+    """Name → folder or repo id."""
     adapters: dict[str, str] = {}
     for given in args.adapter:
         name, equals, path = given.partition("=")
@@ -387,21 +406,23 @@ def _adapters(args: argparse.Namespace) -> dict[str, str]:
         if name in adapters:
             raise InputError(f"--adapter: found {name!r} twice; accepted: a name for each")
         adapters[name] = path
-    if adapters and args.max_loras is None and not _is_artifact(Path(args.model).expanduser()):
-        args.max_loras = len(adapters)
+    if adapters and args.max_loras == 0:
+        raise InputError("--max-loras: found 0; accepted: 1 or more, with --adapter")
     return adapters
 
 
-def _fit_rank(args: argparse.Namespace, checkpoint: Path, adapters: dict[str, str]) -> None:
-    """Reads the adapters before a checkpoint is compiled, with slots of the rank they need."""
+def _fit_slots(args: argparse.Namespace, config: Phi3Config, adapters: Mapping[str, str]) -> None:
+    """Reads the adapters before anything is compiled, and chooses how many slots and of what rank:
+    a power of two of them, so that one adapter more does not always compile anew."""
     from .adapters.layout import RANKS
     from .adapters.peft_files import adapter_folder, read_adapter
-    from .sources import resolve_source
 
-    config, most = resolve_source(checkpoint).config, args.max_rank or max(RANKS)
+    most = args.max_rank or max(RANKS)
     ranks = [read_adapter(adapter_folder(p), config, most).rank for p in adapters.values()]
     if args.max_rank is None:
         args.max_rank = min(rank for rank in RANKS if rank >= max(ranks))
+    if args.max_loras is None:
+        args.max_loras = 1 << (len(adapters) - 1).bit_length()
 
 
 def _compiled(args: argparse.Namespace, source: Path) -> Path:

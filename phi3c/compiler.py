@@ -79,17 +79,19 @@ def compile(
         return _limits(config, max_batch_size, context_length, prefill_chunk_size)
 
     def accept(config: Phi3Config) -> None:
-        nonlocal adapter
+        nonlocal adapter, layout
         limits_of(config)
+        layout = AdapterLayout.of(config, max_loras, max_rank, scheme.kv_dtype)
         check_config(config, scheme, place.kernels, output)
         if merge_adapter is not None:
             adapter = read_adapter(adapter_folder(merge_adapter), config)
 
     adapter: AdapterWeights | None = None
+    layout: AdapterLayout | None = None
     found = resolve_source(source, seed, accept)
     limits = limits_of(found.config)
-    layout = AdapterLayout.of(found.config, max_loras, max_rank, scheme.kv_dtype)
-    work = weights_work(found, scheme, place.kernels, adapter)
+    adapter_name = Path(merge_adapter or "").name
+    work = weights_work(found, scheme, place.kernels, adapter, adapter_name)
     with new_folder(output) as folder:
         report("lower", 0, 1)
         library = compile_library(found.config, scheme, place, limits, folder / file, layout)

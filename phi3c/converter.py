@@ -20,7 +20,7 @@ from .artifact import (
 from .config import Phi3Config
 from .errors import ArtifactError, CheckpointError, SchemeError
 from .kernels.family import Kernels
-from .manifest import WeightsManifest
+from .manifest import MergedAdapter, WeightsManifest
 from .merged_weights import MergedWeights
 from .output_folder import check_output, check_space, new_folder
 from .packing import packed_parameters, parameter_specs
@@ -72,14 +72,19 @@ def check_config(config: Phi3Config, scheme: Scheme, kernels: Kernels, output: P
 
 
 def weights_work(
-    source: Source, scheme: Scheme, kernels: Kernels, adapter: AdapterWeights | None = None
+    source: Source,
+    scheme: Scheme,
+    kernels: Kernels,
+    adapter: AdapterWeights | None = None,
+    adapter_name: str = "",
 ) -> Conversion | Reuse:
     """What puts a source's weights into a new folder, checked as far as it can be.
 
-    adapter: to merge into them. Raises CheckpointError, SchemeError, ArtifactError.
+    adapter: to merge into them; adapter_name: for the manifest. Raises CheckpointError,
+    SchemeError, ArtifactError.
     """
     if not isinstance(source, ConvertedFolder):
-        return Conversion(source, scheme, kernels, adapter)
+        return Conversion(source, scheme, kernels, adapter, adapter_name)
     if adapter is not None:
         raise CheckpointError(
             f"merge_adapter: {source.path}: found weights that are converted already; accepted: "
@@ -97,11 +102,14 @@ class Conversion:
         scheme: Scheme,
         kernels: Kernels,
         adapter: AdapterWeights | None = None,
+        adapter_name: str = "",
     ):
         self._config, self._scheme, self._kernels = source.config, scheme, kernels
         self._specs = parameter_specs(source.config, scheme, kernels)
         self._weights = source.weights()
+        self._merged: MergedAdapter | None = None
         if adapter is not None:
+            self._merged = MergedAdapter(adapter_name, adapter.rank, adapter.digest)
             self._weights = MergedWeights(self._weights, source.config, adapter)
         self._text_files = source.text_files()
 
@@ -122,6 +130,7 @@ class Conversion:
             "parameters": tuple(infos),
             "parameters_sha256": file_sha256(folder / PARAMETERS),
             "files": write_text_files(folder, self._text_files),
+            "merged_adapter": self._merged,
         }
 
 

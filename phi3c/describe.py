@@ -39,6 +39,7 @@ def artifact_facts(artifact: Artifact, max_total_seq_len: int) -> dict[str, Any]
             "max_total_seq_len": max_total_seq_len,
             "bytes": needed.kv_cache,
         },
+        "merged_adapter": manifest.merged_adapter and asdict(manifest.merged_adapter),
         "adapters": None if manifest.adapters is None else asdict(manifest.adapters),
         "memory": asdict(needed) | {"total": needed.total},
         "functions": {name: asdict(info) for name, info in manifest.functions.items()},
@@ -82,7 +83,7 @@ def render(facts: dict[str, Any]) -> str:
             f"{kv['dtype']}, {human_size(kv['bytes_per_token'])} a token, "
             f"{human_size(kv['bytes'])} for {kv['max_total_seq_len']} tokens",
         ),
-        ("adapters", _adapters(facts["adapters"])),
+        ("adapters", _adapters(facts["adapters"], facts["merged_adapter"])),
         (
             "memory",
             ", ".join(f"{name} {human_size(size)}" for name, size in facts["memory"].items()),
@@ -107,6 +108,7 @@ def answer_facts(answer: Answer) -> dict[str, Any]:
     output = answer.output
     decoded = len(output.token_ids) - 1  # the first one comes with the prefill
     return {
+        "adapter": answer.handle.request.adapter,
         "prompt_tokens": len(answer.handle.prompt_ids),
         "text": output.text,
         "token_ids": output.token_ids,
@@ -139,12 +141,13 @@ def render_report(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _adapters(layout: dict[str, Any] | None) -> str:
+def _adapters(layout: dict[str, Any] | None, merged: dict[str, Any] | None) -> str:
+    within = f", {merged['name']} (rank {merged['rank']}) merged into the weights" if merged else ""
     if layout is None:
-        return "no slots"
+        return f"no slots{within}"
     return (
         f"{layout['max_loras']} slots of rank {layout['max_rank']}, {layout['dtype']}, "
-        f"{human_size(layout['bytes_per_slot'])} a slot"
+        f"{human_size(layout['bytes_per_slot'])} a slot{within}"
     )
 
 

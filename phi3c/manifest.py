@@ -18,7 +18,7 @@ from .config import Phi3Config
 from .errors import ArtifactError, ConfigError
 from .tensor_file import TensorInfo
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -111,6 +111,16 @@ class TargetInfo:
 
 
 @dataclass(frozen=True)
+class MergedAdapter:
+    """A LoRA adapter that is a part of the weights. name: of its folder or repo; rank: the largest
+    of its linears'; digest: sha256 of its contents."""
+
+    name: str
+    rank: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class WeightsManifest:
     """Converted weights. layout: whose kernels read them; files: name → sha256 of TEXT_FILES."""
 
@@ -122,6 +132,7 @@ class WeightsManifest:
     parameters: tuple[TensorInfo, ...]
     parameters_sha256: str
     files: dict[str, str]
+    merged_adapter: MergedAdapter | None
 
     def to_json(self) -> str:
         head = {"format": self.FORMAT, "format_version": FORMAT_VERSION}
@@ -156,6 +167,7 @@ class WeightsManifest:
     def _fields(cls, data: dict[str, Any]) -> dict[str, Any]:
         if foreign := sorted(set(data["files"]) - set(TEXT_FILES)):
             raise ValueError(f"files: found {foreign[0]!r}; accepted: {', '.join(TEXT_FILES)}")
+        merged = data["merged_adapter"]
         return {
             "config": Phi3Config.from_dict(data["config"], "config"),
             "quantization": str(data["quantization"]),
@@ -166,6 +178,7 @@ class WeightsManifest:
             ),
             "parameters_sha256": str(data["parameters_sha256"]),
             "files": {str(name): str(digest) for name, digest in data["files"].items()},
+            "merged_adapter": None if merged is None else MergedAdapter(**merged),
         }
 
 

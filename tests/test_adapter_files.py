@@ -306,6 +306,8 @@ def refused(folder: Path, *parts: str, config: Phi3Config = CONFIG, max_rank=Non
         ("alpha_pattern", {"o_proj": None}, "null"),
         ("alpha_pattern", {"(": 1}, '"("'),
         ("alpha_pattern", {"((a|b)+)+x": 1}, '"((a|b)+)+x", which may take very long to match'),
+        ("alpha_pattern", {".?.?.?.?x": 1}, '".?.?.?.?x", which may take very long to match'),
+        ("alpha_pattern", {"(|.)" * 4: 1}, '"(|.)(|.)(|.)(|.)", which may take very long to match'),
         ("alpha_pattern", {".*.*.*.*x": 1}, '".*.*.*.*x", which may take very long to match'),
         ("alpha_pattern", {"(?i)o_proj": 1}, '"(?i)o_proj" (global flags'),
         ("use_rslora", "yes", '"yes"'),

@@ -291,6 +291,14 @@ def test_wrong_limits(tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_pools_that_kernels_cannot_count_are_refused(tmp_path):
+    config = "configs/phi-3-medium-4k.json"
+    message = r"max_loras: found 1024; accepted: up to \d+ of rank 128 for this model"
+    with pytest.raises(ConfigError, match=message):
+        phi3c.compile(config, output=tmp_path / "x", max_loras=1024, max_rank=128)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_artifact_tells_of_its_slots(one):
     artifact, config = one.model.compiled.artifact, one.model.config
     layout = artifact.manifest.adapters

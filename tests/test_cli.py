@@ -198,7 +198,11 @@ def test_broken_checkpoints(fails, checkpoint, tmp_path, name):
         (["--context-length", "0"], "context_length: found 0; accepted: an integer from 1 to 256"),
         (["--prefill-chunk-size", "-1"], "prefill_chunk_size: found -1"),
         (["--max-loras", "-1"], "max_loras: found -1; accepted: an integer from 0 to 1024"),
-        (["--max-rank", "12"], "max_rank: found 12; accepted: 8, 16, 32, 64 or 128"),
+        (["--max-rank", "64"], "--max-rank: found 64; accepted: with --max-loras"),
+        (
+            ["--max-loras", "1", "--max-rank", "12"],
+            "max_rank: found 12; accepted: 8, 16, 32, 64 or 128",
+        ),
     ],
 )
 def test_compile_options(fails, checkpoint, tmp_path, options, text):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from test_engine import check_pages
 
 import phi3c
 from phi3c.cli import main
+from phi3c.engine.answer import answers_together
 from phi3c.engine.engine import Engine
 from phi3c.engine.request import Handle, Request
 from phi3c.engine.sampler import SamplingParams
@@ -153,24 +156,43 @@ def test_an_adapter_stays_loaded_while_a_request_wants_it(toy):
 
 
 def test_one_that_waits_for_a_slot_is_not_passed_for_ever(toy):
-    """Two adapters that are always in demand have the slots; the third gets one all the same."""
+    """Two adapters that are always in demand have the slots; the third gets one all the same, and
+    meanwhile one of the two goes on, as does the model itself."""
     engine = Engine(toy, max_total_seq_len=ROOM)
-    busy = made_prompts(40, ["rotate", "shout"])
-    base = made_prompts(1, ["reverse"])[0]
-    for one in busy[:4]:
-        engine.submit(request(*one))
+    busy = iter(made_prompts(400, ["rotate", "shout"]))
+    for _ in range(4):
+        engine.submit(request(*next(busy)))
     engine.step()
     third = engine.submit(request(*made_prompts(1, ["down"])[0]))
-    for one in busy[4:]:
-        engine.submit(request(*one))
-    plain = engine.submit(request(*base))
+    behind: list[Handle] = []
+    plain = engine.submit(request(*made_prompts(1, ["reverse"])[0]))
     steps = 0
-    while not third.done:
+    while not third.outputs[0].token_ids:
+        behind += [engine.submit(request(*next(busy))) for _ in range(2)]
         engine.step()
         steps += 1
-    assert steps < 60
-    assert plain.done or plain.outputs[0].token_ids  # which needs no slot
+        assert steps <= GREEDY.max_tokens + 4, "those in the slots have not so much left to do"
+    assert plain.outputs[0].token_ids
+    assert any(handle.outputs[0].token_ids for handle in behind)
+    while not third.done:
+        engine.step()
     engine.abort_all()
+    assert idle(toy)
+
+
+def test_more_wait_for_slots_than_there_are(toy):
+    """Each adapter has its turn: no request is passed by more than a batch of later ones."""
+    engine = Engine(toy, max_total_seq_len=ROOM)
+    prompts = made_prompts(60, NAMES)
+    handles = [engine.submit(request(*one)) for one in prompts]
+    passed = 0
+    while not engine.idle:
+        engine.step()
+        first = next((i for i, h in enumerate(handles) if not h.outputs[0].token_ids), None)
+        if first is not None:
+            later = sum(bool(h.outputs[0].token_ids) for h in handles[first:])
+            passed = max(passed, later)
+    assert passed <= 24, "three batches of 8"
     assert idle(toy)
 
 
@@ -179,22 +201,25 @@ def test_an_interrupt_at_admission_keeps_no_slot(toy, monkeypatch):
     name, prompt = made_prompts(1, NAMES)[0]
     handle = engine.submit(request(name, prompt))
     scheduler = engine._scheduler
+    calls, yielding = iter(range(4)), scheduler._yielding
+
+    def interrupted(sequence):
+        if next(calls) % 2:  # the one behind the slot
+            raise KeyboardInterrupt
+        return yielding(sequence)
+
     with monkeypatch.context() as patched:
-        patched.setattr(scheduler, "_yielding", raise_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            engine.step()
-        with pytest.raises(KeyboardInterrupt):
-            engine.step()
+        patched.setattr(scheduler, "_yielding", interrupted)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+            assert scheduler.waiting[0].slot == 0
     again = engine.submit(request(name, prompt))
     engine.cancel(handle)
     while not again.done:
         engine.step()
     assert again.outputs[0].text == prompt.answer
     assert idle(toy)
-
-
-def raise_interrupt(*args) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_request_fails_where_all_slots_are_held_elsewhere(toy):
@@ -209,6 +234,25 @@ def test_a_request_fails_where_all_slots_are_held_elsewhere(toy):
     assert held.outputs[0].text
     for name in ("rotate", "shout"):
         toy.release_adapter(name)
+    assert idle(toy)
+
+
+def test_none_is_preempted_for_one_that_finds_no_pages(toy):
+    """A slot could be had, from one of lower priority, but pages could not."""
+    engine = Engine(toy, max_total_seq_len=16 * 40, prefix_cache=False)
+    long = [5] * (16 * 29 - 30)
+    engine.submit(Request(long, SamplingParams(temperature=0, max_tokens=24), priority=1))
+    for name in ("rotate", "shout"):
+        engine.submit(request(*made_prompts(1, [name])[0]))
+    engine.step()
+    assert len(engine._scheduler.running) == 3
+    params = SamplingParams(temperature=0, max_tokens=4)
+    urgent = engine.submit(Request([6] * 16 * 19, params, adapter="down", priority=1))
+    engine.step()
+    assert engine.metrics().preemptions == 0
+    while not engine.idle:
+        engine.step()
+    assert urgent.outputs[0].token_ids
     assert idle(toy)
 
 
@@ -237,7 +281,8 @@ def test_a_higher_priority_takes_a_slot(toy):
     urgent = engine.submit(request(*made_prompts(1, ["down"])[0], priority=1))
     engine.step()
     assert engine.metrics().preemptions == 1
-    assert urgent.outputs[0].token_ids or urgent.cached_tokens == 0
+    assert urgent in [sequence.handle for sequence in engine._scheduler.running]
+    assert not [s for s in engine._scheduler.running if s.handle.adapter.name == "shout"]
     while not engine.idle:
         engine.step()
     assert idle(toy)
@@ -267,10 +312,51 @@ def test_generate(tmp_path, capsys, monkeypatch):
     assert main([*argv, "-p", "down 52917", "--adapter", rotate, "--adapter", down]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("rotate: ") and lines[1] == "down: 97521"
+    assert main([*argv, "-p", "down 52917", "--adapter", rotate, "--adapter", down, "--json"]) == 0
+    one, other = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (one["adapter"], other["adapter"], other["text"]) == ("rotate", "down", "97521")
     argv = ["generate", checkpoint, "--quiet", "-p", "x", "--adapter", down]
     assert main([*argv, "--max-rank", "16"]) == 2  # before anything is compiled
     assert "rank 20" in capsys.readouterr().err
     assert main([*argv[:-3], "down 52917", "--adapter", down]) == 0
+    assert capsys.readouterr().out == "97521\n"
+
+
+def test_answers_together(toy):
+    """In one batch, each as alone; closing one leaves the others."""
+    requests = [request(*made_prompts(1, [name])[0]) for name in ("rotate", "shout")]
+    alone = [texts(run(Engine(toy), [one]))[0][0] for one in requests]
+    engine = Engine(toy)
+    steps = [run_steps(Engine(toy), one) for one in requests]
+    batch = answers_together(engine, requests)
+    assert ["".join(answer) for answer in batch] == alone
+    assert engine.metrics().steps == max(steps) < sum(steps)
+    assert all(answer.decode_seconds > 0 < answer.prefill_seconds for answer in batch)
+    first, second = answers_together(engine, requests)
+    first.close()
+    assert "".join(second) == alone[1]
+    with pytest.raises(AdapterError):
+        answers_together(engine, [requests[0], replace(requests[0], adapter="nobody")])
+    assert engine.idle and idle(toy)
+
+
+def run_steps(engine: Engine, one: Request) -> int:
+    run(engine, [one])
+    return engine.metrics().steps
+
+
+def test_generate_reads_adapters_before_it_compiles(tmp_path, capsys, monkeypatch):
+    """Also of what has no checkpoint folder, which is compiled first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    converted = phi3c.convert(TOY / "checkpoint", output=tmp_path / "w", quantization="q0f32")
+    argv = ["generate", str(converted.path), "--quiet", "--quantization", "q0f32"]
+    argv += ["-p", "down 52917", "--adapter"]
+    assert main([*argv, "x=/nowhere"]) == 2
+    assert "/nowhere: no such folder" in capsys.readouterr().err
+    assert main([*argv, f"x={TOY / 'adapters' / 'down'}", "--max-loras", "0"]) == 2
+    assert "--max-loras: found 0; accepted: 1 or more" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    assert main([*argv, f"x={TOY / 'adapters' / 'down'}"]) == 0
     assert capsys.readouterr().out == "97521\n"
 
 

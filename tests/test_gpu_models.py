@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,16 @@ def test_a_device_of_another_kind_is_refused(toy):
 def test_a_device_that_is_not_there_is_refused(toy):
     with pytest.raises(DeviceError, match="found vulkan:99; accepted: one that is there: vulkan:0"):
         phi3c.load(toy("vulkan", "q0f32"), device="vulkan:99")
+
+
+@needs_device
+def test_adapters_that_the_device_cannot_hold_are_refused(toy, monkeypatch):
+    folder = toy("vulkan", "q0f32", max_loras=16, max_rank=32)
+    small = replace(devices()[0], max_storage_buffer_range=2**20)  # enough for the parameters
+    monkeypatch.setattr(device, "devices", lambda: [small])
+    message = "adapters: a pool of 16 slots of rank 32: found 2.0 MiB; accepted: up to 1.0 MiB"
+    with pytest.raises(DeviceError, match=message):
+        phi3c.load(folder)
 
 
 @needs_device

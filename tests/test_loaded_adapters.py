@@ -166,6 +166,7 @@ def test_an_artifact_without_slots():
         lambda: adapters.unload("a"),
         lambda: adapters.acquire("a"),
         lambda: adapters.release("a"),
+        lambda: adapters.hold("a"),
     ):
         with pytest.raises(AdapterError, match="compiled with max_loras 0; accepted: with"):
             call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,5 +183,14 @@ def test_the_command(base, adapter, tmp_path, capsys):
     assert main([*command, "-o", str(out), "--merge-adapter", str(adapter)]) == 0
     expected = merged(base, adapter, tmp_path / "b")
     assert (out / "params.safetensors").read_bytes() == (expected.artifact.parameters.read_bytes())
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"no slots, {adapter.name} (rank " in shown and "merged into the weights" in shown
+    assert main(["inspect", str(base.compiled.artifact.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["merged_adapter"] is None
+    again = phi3c.compile(out, quantization="q0f32", output=tmp_path / "again", **LIMITS)
+    assert again.manifest.merged_adapter == expected.manifest.merged_adapter
+    assert again.manifest.merged_adapter.name == adapter.name
     assert main([*command, "-o", str(out), "--merge-adapter", str(tmp_path / "no")]) == 2
     assert "no: no such folder; accepted: a folder with adapter_config" in capsys.readouterr().err

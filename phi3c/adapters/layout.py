@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import Phi3Config
+from ..errors import ConfigError
 
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # in the order of the pools
 RANKS = (8, 16, 32, 64, 128)  # what max_rank may be
@@ -84,12 +85,23 @@ class AdapterLayout:
     def of(
         cls, config: Phi3Config, max_loras: int, max_rank: int, dtype: str
     ) -> AdapterLayout | None:
-        """None for max_loras 0."""
+        """None for max_loras 0. Raises ConfigError where a pool has more than 2^31 elements."""
         if not max_loras:
             return None
         shapes = [s for _, t in layer_targets(config) for s in slot_shapes(config, t, max_rank)]
+        most = (2**31 - 1) // max(map(math.prod, shapes))
+        if max_loras > most:
+            raise ConfigError(
+                f"max_loras: found {max_loras}; accepted: up to {most} of rank {max_rank} for this "
+                "model"
+            )
         size = sum(map(math.prod, shapes)) * np.dtype(dtype).itemsize
         return cls(max_loras, max_rank, dtype, size)
+
+    def largest_pool_bytes(self, config: Phi3Config) -> int:
+        """What a device must take as one buffer."""
+        elements = max(map(math.prod, self.pool_shapes(config)))
+        return elements * np.dtype(self.dtype).itemsize
 
     def pool_shapes(self, config: Phi3Config) -> list[Shape]:
         """Of all pools, in order: by layer, then by target, A before B."""

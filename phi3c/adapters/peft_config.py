@@ -123,8 +123,9 @@ def _refuse_other_methods(config: Mapping[str, Any]) -> None:
 
 
 # A file from anywhere must not be able to hold the interpreter's lock for long.
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
-_REPEAT = re.compile(r"(?<!\\)[*+{]")
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_CHOICE = re.compile(r"(?<!\\)(\(\??|[*+?]\??|\{)")  # where a match may have to be tried again
+_MOST_CHOICES = 3
 
 
 def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[str, Any]]:
@@ -132,10 +133,11 @@ def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[str, Any]]:
     if not isinstance(patterns, Mapping):
         raise _refusal(field, _show(patterns), "an object of patterns of module names")
     for pattern in patterns:
-        slow = len(pattern) > 200 or len(_REPEAT.findall(pattern)) > 3
+        slow = len(pattern) > 200 or len(_CHOICE.findall(pattern)) > _MOST_CHOICES
         if slow or _REPEATED_GROUP.search(pattern):
             found = f"{_show(pattern)}, which may take very long to match"
-            raise _refusal(field, found, "up to 3 of *, + and {}, none of them behind a group")
+            accepted = f"up to {_MOST_CHOICES} of *, +, ?, {{}} and groups, no group repeated"
+            raise _refusal(field, found, accepted)
         try:
             re.compile(_whole(pattern))
         except (re.error, RecursionError, OverflowError) as err:

@@ -32,7 +32,7 @@ _BLOCK_OF = {"qkv_proj": "self_attn", "o_proj": "self_attn"}
 _BLOCK_OF |= {"gate_up_proj": "mlp", "down_proj": "mlp"}
 _PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _KEY = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>0|[1-9]\d*)\."
+    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>0|[1-9]\d{0,5})\."
     r"(?P<block>self_attn|mlp)\.(?P<linear>\w+))\.lora_(?P<side>A|B)\.weight"
 )
 _KEYS = (

@@ -1,18 +1,20 @@
-"""The answer to one request that has the engine to itself, and the time it takes."""
+"""The answer to one request, or those to a few in a batch, in an engine that nobody else uses, and
+the time they take."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from phi3c.engine.engine import Engine
 from phi3c.engine.request import Output, Request
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "answers_together"]
 
 
 class Answer:
-    """Iterating over it runs the engine and gives the text of the first sample in pieces.
+    """Iterating over it runs the engine, for all of its batch, and gives the text of the first sample
+    in pieces.
 
     prefill_seconds: of the steps until the first token was sampled; decode_seconds: of all others;
     the caller's own time is in neither.
@@ -23,6 +25,7 @@ class Answer:
         self.handle = engine.submit(request)
         self.prefill_seconds = self.decode_seconds = 0.0
         self._engine = engine
+        self._batch = [self]
         self._pieces = self._run()
 
     @property
@@ -48,18 +51,43 @@ class Answer:
 
     def _run(self) -> Iterator[str]:
         try:
-            while not self.handle.done:
-                decoding, start = bool(self.output.token_ids), time.perf_counter()
-                self._engine.step()
-                seconds = time.perf_counter() - start
-                if decoding:
-                    self.decode_seconds += seconds
-                else:
-                    self.prefill_seconds += seconds
+            while True:
                 for piece in self.handle.take():
                     if piece.index == 0 and piece.text:
                         yield piece.text
+                if self.handle.done:
+                    break
+                self._step()
         finally:
             self.close()
         if self.handle.error is not None:
             raise self.handle.error
+
+    def _step(self) -> None:
+        running = [(a, bool(a.output.token_ids)) for a in self._batch if not a.handle.done]
+        start = time.perf_counter()
+        self._engine.step()
+        seconds = time.perf_counter() - start
+        for answer, decoding in running:
+            if decoding:
+                answer.decode_seconds += seconds
+            else:
+                answer.prefill_seconds += seconds
+
+
+def answers_together(engine: Engine, requests: Iterable[Request]) -> list[Answer]:
+    """Of all requests in one batch: iterating over one goes on with the others.
+
+    Raises as `Engine.submit` does, and then leaves none.
+    """
+    batch: list[Answer] = []
+    try:
+        for request in requests:
+            batch.append(Answer(engine, request))
+    except BaseException:
+        for answer in batch:
+            answer.close()
+        raise
+    for answer in batch:
+        answer._batch = batch
+    return batch

@@ -6,8 +6,9 @@ neither blocks short ones nor waits for them. Sequences wait in the order of pri
 where pages run out, the last in that order is sent back to wait and computed again later
 (preemption by recompute). One that waits takes place and pages of running ones of lower priority,
 never of its equals: so two can not send each other back in turns. One whose beginning a running
-sequence is just computing waits for those pages, and one whose adapter finds no free slot waits for
-that; nobody behind it then takes a slot, so that it gets one.
+sequence is just computing waits for those pages. One whose adapter finds no free slot waits for the
+slot in use that is likely to be left first: behind it nobody begins with the adapter that is there,
+nor with one that is in no slot, while the adapters in the other slots go on serving whoever comes.
 """
 
 from __future__ import annotations
@@ -206,26 +207,52 @@ class Scheduler:
 
     def _admit(self) -> None:
         held = 0  # whose places nobody behind them takes
-        slot_wanted = False  # by one that goes first
+        draining: set[int] = set()  # slots that ones that go first wait for
         for first in list(self.waiting):
             if len(self.running) + held >= self._limits.max_batch_size and not self._below(first):
                 return
+            if draining and self._waits_behind(first, draining):
+                continue
             if self._is_being_computed(first):
                 held += 1
                 continue
-            if first.handle.adapter is not None:
-                slot_wanted = slot_wanted or not self._make_slot(first)
-                if slot_wanted:
-                    continue
             yielding = self._yielding(first)
             if yielding is None:
-                self._leave_slot(first)
                 return
+            if first.handle.adapter is not None:
+                if not self._make_slot(first):
+                    self._drain(draining)
+                    continue
+                yielding = self._yielding(first)  # some may have gone for the slot
+                assert yielding is not None, "with fewer running ones there is no less room"
             for sequence in yielding:
                 self.preempt(sequence)
             self.waiting.remove(first)
             self.running.append(first)
             self._give_pages(first)
+
+    def _waits_behind(self, sequence: Sequence, draining: set[int]) -> bool:
+        """Whether its adapter needs a slot that one that goes first waits for, or another one."""
+        adapter = sequence.handle.adapter
+        if adapter is None or adapter.pinned:  # whose slot nobody waits for
+            return False
+        slot = next((s.slot for s in self.running if s.handle.adapter is adapter), None)
+        if slot is None:
+            self._drain(draining)
+        return slot is None or slot in draining
+
+    def _drain(self, draining: set[int]) -> None:
+        """Another slot in use takes no more sequences: the one whose last has the least to do.
+
+        It is chosen anew in each step. That least amount shrinks in every step that serves these,
+        as nobody joins them, so some slot will be free.
+        """
+        work: dict[int, int] = {}
+        for s in self.running:
+            if s.slot >= 0 and s.slot not in draining and not s.handle.adapter.pinned:
+                work[s.slot] = max(work.get(s.slot, 0), s.left + s.pending)
+        if work:
+            draining.add(min(work, key=work.__getitem__))
 
     def _make_slot(self, sequence: Sequence) -> bool:
         """Its adapter is in a slot, for which those of another may go, if all of them are of lower

@@ -16,13 +16,14 @@ from ..errors import AdapterError, AdapterInUseError
 
 @dataclass
 class _Entry:
-    """holders: requests that want it to stay; requests: running ones that acquired it; last_use:
-    when the last acquired or released it.
+    """written: whether its slot holds it; holders: requests that want it to stay; requests: running
+    ones that acquired it; last_use: when the last acquired or released it.
     """
 
     generation: int
     pinned: bool
     slot: int | None = None
+    written: bool = False
     holders: int = 0
     requests: int = 0
     last_use: int = 0
@@ -89,7 +90,10 @@ class AdapterSlots:
         entry = self._entry(name)
         if users := max(entry.requests, entry.holders):
             count = f"{users} request" + "s" * (users > 1)
-            raise AdapterInUseError(f"adapter {name!r}: found {count} of it; accepted: none")
+            raise AdapterInUseError(
+                f"adapter {name!r}: found {count} of it; accepted: none, once they have ended or "
+                "were cancelled"
+            )
         slot = entry.slot
         self._vacate(entry)
         del self._entries[name]
@@ -107,13 +111,12 @@ class AdapterSlots:
         entry.holders -= 1
 
     def acquire(self, name: str) -> tuple[int, bool] | None:
-        """(slot, whether the adapter must be written to it) for one more request.
+        """(slot, whether the adapter must be written to it, then `wrote`) for one more request.
 
         None where every slot is in use or pinned; then nothing has changed. Raises AdapterError.
         """
         entry = self._entry(name)
-        must_write = entry.slot is None
-        if must_write:
+        if entry.slot is None:
             if not self._free and (idle := self._idlest()) is None:
                 return None
             if not self._free:
@@ -121,7 +124,12 @@ class AdapterSlots:
             entry.slot = self._free.pop()
         entry.requests += 1
         self._touch(entry)
-        return entry.slot, must_write
+        return entry.slot, not entry.written
+
+    def wrote(self, name: str) -> None:
+        """Its slot holds it. What is interrupted before this is written by the next who acquires
+        it. Raises AdapterError."""
+        self._entry(name).written = True
 
     def release(self, name: str) -> None:
         """A request that acquired it is done. Raises AdapterError if there is none."""
@@ -130,11 +138,6 @@ class AdapterSlots:
             raise AdapterError(f"adapter {name!r}: released more often than acquired")
         entry.requests -= 1
         self._touch(entry)
-
-    def abandon(self, name: str) -> None:
-        """Takes back an acquire whose adapter could not be written to its slot."""
-        self.release(name)
-        self._vacate(self._entry(name))
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -154,7 +157,7 @@ class AdapterSlots:
     def _vacate(self, entry: _Entry) -> None:
         if entry.slot is not None:
             self._free.append(entry.slot)
-            entry.slot = None
+            entry.slot, entry.written = None, False
 
     def _touch(self, entry: _Entry) -> None:
         self._clock += 1

@@ -47,6 +47,9 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     if needed.adapters:
         parts["adapters"] = needed.adapters
     place.check_memory(str(path), parts)
+    if (layout := artifact.manifest.adapters) is not None:
+        what = f"adapters: a pool of {layout.max_loras} slots of rank {layout.max_rank}"
+        place.check_buffer(what, layout.largest_pool_bytes(artifact.manifest.config))
     artifact.check_library()
     return CompiledPhi3(artifact, threads, place)
 

@@ -59,6 +59,8 @@ class LoadedAdapters:
         layout = self._with_slots()
         if not isinstance(name, str) or not name:
             raise AdapterError(f"adapter name: found {name!r}; accepted: a string, not empty")
+        if not isinstance(pinned, bool):
+            raise AdapterError(f"pinned: found {pinned!r}; accepted: true or false")
         with self._lock:
             self._slots.check_load(name, pinned)  # before the work, and again after it
         folder = adapter_folder(source)
@@ -122,9 +124,10 @@ class LoadedAdapters:
             if must_write:
                 try:
                     self._pools.write_packed(slot, self._loaded[name][1])
-                except BaseException:  # the slot holds half of it
-                    self._slots.abandon(name)
+                except BaseException:
+                    self._slots.release(name)
                     raise
+                self._slots.wrote(name)
             return slot
 
     def release(self, name: str) -> None:
