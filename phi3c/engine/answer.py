@@ -13,8 +13,8 @@ __all__ = ["Answer", "answers_together"]
 
 
 class Answer:
-    """Iterating over it runs the engine, for all of its batch, and gives the text of the first sample
-    in pieces.
+    """Iterating over it runs the engine, for all of its batch, and gives the first sample's text in
+    pieces.
 
     prefill_seconds: of the steps until the first token was sampled; decode_seconds: of all others;
     the caller's own time is in neither.
