@@ -239,15 +239,16 @@ def test_workspaces_are_kept(module):
     take.restype = ctypes.c_void_p
     take.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
     give_back.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
-    first = take(7, 0, 10_000, 0, 8)
+    # More than any other test leaves behind.
+    first = take(7, 0, 10_000_000, 0, 8)
     # As compiled code passes buffers: as pointers.
     module["chain"](ctypes.c_void_p(first), 64, 5, 1, 64)
     assert give_back(7, 0, first) == 0
     before = statistics().bytes_in_use
-    second = take(7, 0, 9_000, 0, 8)
-    other = take(7, 0, 9_000, 0, 8)
+    second = take(7, 0, 9_000_000, 0, 8)
+    other = take(7, 0, 9_000_000, 0, 8)
     assert second == first and other != first
-    assert statistics().bytes_in_use - before in range(9_000, 13_000)
+    assert statistics().bytes_in_use - before in range(9_000_000, 13_000_000)
     assert give_back(7, 0, other) == give_back(7, 0, second) == 0
 
 
