@@ -240,6 +240,27 @@ def test_no_message_of_the_validation_layer(toy, tmp_path):
 
 
 @needs_device
+def test_the_benchmark_runs(tmp_path):
+    """benchmarks/gpu.py, which is for GPU machines: here as far as lavapipe goes."""
+    program = ROOT / "benchmarks" / "gpu.py"
+    options = "--target vulkan --schemes q4f16_1 --context 32 --prefill 40 --batch 1 2"
+    command = [sys.executable, program, ROOT / "configs" / "tiny.json", *options.split()]
+    command += ["--peer", "none", "--no-check"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    times = facts["schemes"]["q4f16_1"]["times"]
+    names = {"prefill 40", "decode, batch 1, context 32", "decode, batch 2, context 32"}
+    assert set(times) == names
+    for name in names:
+        one, floor = times[name], times[name]["floor"]
+        assert one["seconds"] > 0 and one["kernels"]
+        assert floor is None if "prefill" in name else 0 < floor < one["seconds"]
+    assert facts["rates"]["bandwidth"] > 0
+
+
+@needs_device
 def test_a_device_of_another_kind_is_refused(toy):
     with pytest.raises(TargetError, match="device: found 'vulkan'; accepted: cpu, or None"):
         phi3c.load(toy("cpu", "q0f32"), device="vulkan")
