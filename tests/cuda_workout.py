@@ -10,6 +10,7 @@ import numpy as np
 import tvm_ffi
 
 import phi3c
+from phi3c.runtime.logit_row import LogitRow
 
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 60, 21)]
 
@@ -31,8 +32,10 @@ def logits(folder: Path, adapter: Path | None) -> np.ndarray:
         ]
         options |= {} if slot is None else {"token_slot": slots}
         with cache.forward(ids, lengths, **options):
-            found = run(model.embed(tokens), *more, cache)[0].numpy()
-        rows.extend(found.reshape(-1, found.shape[-1]))
+            tensor = run(model.embed(tokens), *more, cache)[0]
+        found = tensor.numpy().reshape(-1, tensor.shape[-1])
+        rows.extend(found)
+        check_rows(model.logit_rows(tensor, [False] * len(found)), found)
 
     cache.add_sequence(0)
     forward(model.prefill, [0], PROMPT[:18], [18])
@@ -47,6 +50,14 @@ def logits(folder: Path, adapter: Path | None) -> np.ndarray:
     cache.commit_accepted_token_tree_nodes([2], [3])
     forward(model.batch_decode, [0, 2], [8, 9], [1, 1], plain=[2])
     return np.array(rows)
+
+
+def check_rows(rows: list[LogitRow], expected: np.ndarray) -> None:
+    """What a sampler looks into, against the logits."""
+    for row, logits in zip(rows, expected, strict=True):
+        assert row.argmax() == logits.argmax()
+        np.testing.assert_array_equal(row.tops, LogitRow(logits).tops)
+        np.testing.assert_array_equal(row.logits, logits)
 
 
 def _refuse(source):

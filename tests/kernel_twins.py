@@ -69,6 +69,19 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + eps) * weight
 
 
+def block_maxima(logits: np.ndarray, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Largest logit of each block of `[n, vocab]` and its token id, `[n, blocks]`; a NaN before
+    all, the lowest id of equals."""
+    tops = np.zeros((len(logits), blocks), np.float32)
+    ids = np.zeros((len(logits), blocks), np.int64)
+    for i, row in enumerate(logits):
+        for block in range(blocks):
+            tokens = range(block, len(row), blocks)
+            ids[i, block] = max(tokens, key=lambda t: (np.isnan(row[t]), row[t], -t))
+            tops[i, block] = row[ids[i, block]]
+    return tops, ids
+
+
 def silu_mul(gate_up: np.ndarray) -> np.ndarray:
     gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
     with np.errstate(over="ignore"):

@@ -22,6 +22,8 @@ from phi3c.kernels.gpu.limits import GpuLimits
 from phi3c.kernels.gpu.linear import GEMV_ROWS
 from phi3c.kernels.low_rank import LowRank
 from phi3c.kernels.weight_format import GroupFormat
+from phi3c.logit_blocks import logit_blocks
+from phi3c.runtime.logit_row import LogitRow
 
 # As a share of the largest value: float32 sums of a few hundred terms, and one rounding.
 TOLERANCE = {"float32": 2e-6, "float16": 6e-4}
@@ -36,9 +38,9 @@ def compiled(dtype: str, kernel: str, *args):
     return DeviceKernel(getattr(GpuKernels(dtype), kernel)(*args))
 
 
-def run(kernel, *inputs, out_shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def run(kernel, *inputs, out_shape: tuple[int, ...], dtype: str, fill=np.nan) -> np.ndarray:
     """Calls with TVM copies of numpy inputs and an output full of NaN; returns the output."""
-    out = tvm.runtime.tensor(np.full(out_shape, np.nan, dtype))
+    out = tvm.runtime.tensor(np.full(out_shape, fill, dtype))
     kernel(*[tvm.runtime.tensor(x) for x in inputs], out)
     return out.numpy()
 
@@ -217,6 +219,59 @@ def test_silu_mul_far_from_zero():
     np.testing.assert_allclose(found, twins.silu_mul(gate_up), rtol=1e-5, atol=1e-30)
 
 
+# Logits
+
+
+def rows_of_logits(seed: int, vocab: int, rows: int) -> np.ndarray:
+    """Random ones with ties, beside rows at the ends of what a sampler meets."""
+    rng = np.random.default_rng(seed)
+    special = np.full((6, vocab), -np.inf, np.float32)  # the first: nothing else
+    special[1:5] = rng.integers(-3, 3, (4, vocab))
+    special[1, ::2] = -np.inf
+    special[2, rng.integers(vocab)] = np.inf
+    special[3] = -0.0  # equal to 0
+    special[3, vocab // 2 :] = 0
+    special[4] = -np.abs(special[4]) - 1e-45
+    special[5] = rng.standard_normal(vocab) * 1e30
+    ties = rng.integers(-3, 3, (rows, vocab)).astype(np.float32)
+    return np.concatenate([special, ties]) if rows > 1 else ties
+
+
+@needs_device
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 200, 2051, 32064])
+def test_block_maxima(vocab):
+    blocks = logit_blocks(vocab)
+    kernel = compiled("float16", "block_maxima", vocab, blocks)
+    for rows in (1, 3, 8):
+        logits = rows_of_logits(rows, vocab, rows)
+        shape = (len(logits), 2, blocks)
+        found = run(kernel, logits[None], out_shape=shape, dtype="int32", fill=-1)
+        tops, ids = twins.block_maxima(logits, blocks)
+        np.testing.assert_array_equal(found[:, 0].view(np.float32), tops)
+        np.testing.assert_array_equal(found[:, 1], ids)
+        host = [LogitRow(row) for row in logits]
+        np.testing.assert_array_equal([row.tops for row in host], tops)
+
+
+@needs_device
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF])
+def test_block_maxima_keep_any_nan(bits):
+    logits = normal(1, 2, 200)
+    logits[0, [3, 150]] = np.inf
+    logits.view(np.uint32)[0, [5, 150]] = bits
+    found = run(
+        compiled("float16", "block_maxima", 200, 4),
+        logits[None],
+        out_shape=(2, 2, 4),
+        dtype="int32",
+        fill=-1,
+    )
+    tops, ids = twins.block_maxima(logits, 4)
+    np.testing.assert_array_equal(found[:, 0].view(np.float32), tops)
+    np.testing.assert_array_equal(found[:, 1], ids)
+    assert np.isnan(tops[0]).tolist() == [False, True, True, False]
+
+
 # Adapters
 
 
@@ -364,6 +419,8 @@ LOWERED = [  # kernel, arguments; the shapes of Phi-3-mini, and odd ones
     ("rope_table", 96, 1.19),
     ("rope_append", 32, 32, 96, 96, "float16"),
     ("copy_slots", 32, 96, "float16"),
+    ("block_maxima", 32064, 501),
+    ("block_maxima", 101, 2),
 ]
 KERNELS_OF = {"linear": 5}  # one for each range of rows
 TARGETS = {

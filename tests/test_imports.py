@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "triple": set(),
+    "logit_blocks": set(),
     "hub": {"config", "errors"},
     "tensor_file": {"errors"},
     "adapters": {"config", "errors", "hub"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     # compile wing
     "kernels": set(),
     "quantization": {"kernels", "errors"},
-    "model": {"adapters", "config", "kernels", "quantization", "errors"},
+    "model": {"adapters", "config", "kernels", "logit_blocks", "quantization", "errors"},
     "passes": set(),
     "pipeline": {"passes"},
     "spirv": {"errors"},
@@ -71,7 +72,8 @@ MAY_IMPORT = {
     | {"linker", "manifest"}
     | {"model", "output_folder", "passes", "pipeline", "quantization", "sources", "targets"},
     # serve wing
-    "runtime": {"adapters", "artifact", "config", "cuda", "errors", "manifest", "memory"}
+    "runtime": {"adapters", "artifact", "config", "cuda", "errors", "logit_blocks"}
+    | {"manifest", "memory"}
     | {"tensor_file"}
     | {"triple", "vulkan"},
     "engine": {"runtime", "config", "errors", "artifact", "manifest"},

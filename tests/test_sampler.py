@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3c.engine.generation_config import generation_defaults, generation_eos_token_ids
-from phi3c.engine.logit_row import LogitRow
 from phi3c.engine.logprobs import logprobs
 from phi3c.engine.race import RaceNumbers
 from phi3c.engine.sampler import Sampler, SamplingParams, filtered_distribution
 from phi3c.errors import CheckpointError, InputError
+from phi3c.runtime.logit_row import LogitRow
 
 VOCAB = 200
 

@@ -23,6 +23,7 @@ from phi3c.engine.request import Handle
 from phi3c.engine.sequence import Sequence
 from phi3c.engine.speculation import Pace, Speculation, _Costs
 from phi3c.errors import InputError
+from phi3c.runtime.logit_row import LogitRow
 from phi3c.runtime.single_sequence import SingleSequence
 
 TOY = Path(__file__).parent.parent / "examples" / "toy"
@@ -282,9 +283,9 @@ def test_reproducible_logits_have_the_same_bits_in_any_company(rounded, monkeypa
     bits: dict[int, list[int]] = {}
     sample = Sequence.sample
 
-    def sample_and_note(sequence: Sequence, logits: np.ndarray) -> None:
-        bits.setdefault(sequence.order[1], []).append(hash(logits.tobytes()))
-        sample(sequence, logits)
+    def sample_and_note(sequence: Sequence, row: LogitRow) -> None:
+        bits.setdefault(sequence.order[1], []).append(hash(row.logits.tobytes()))
+        sample(sequence, row)
 
     monkeypatch.setattr(Sequence, "sample", sample_and_note)
     params = dict(temperature=2.0, logit_bias=dict.fromkeys(range(20, 30), 80.0))

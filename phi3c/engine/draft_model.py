@@ -23,6 +23,7 @@ from phi3c.engine.scheduler import deal
 from phi3c.engine.sequence import Sequence
 from phi3c.errors import CacheFullError, InputError, SequenceError
 from phi3c.runtime.compiled import CompiledPhi3
+from phi3c.runtime.logit_row import LogitRow
 
 __all__ = ["DraftModel"]
 
@@ -113,8 +114,8 @@ class DraftModelDrafter:
                 depth -= 1
         return depth
 
-    def _catch_up(self, sequences: list[Sequence]) -> dict[Sequence, np.ndarray]:
-        """One forward of tokens not seen yet; logits `[vocab]` after those sequences that it ends.
+    def _catch_up(self, sequences: list[Sequence]) -> dict[Sequence, LogitRow]:
+        """One forward of tokens not seen yet; logits after those sequences that it ends.
 
         Where pages run out, sequences that do not draft now are forgotten, then the last that do.
         """
@@ -146,7 +147,7 @@ class DraftModelDrafter:
         return {}
 
     def _guess(
-        self, logits: dict[Sequence, np.ndarray], depths: dict[Sequence, int]
+        self, logits: dict[Sequence, LogitRow], depths: dict[Sequence, int]
     ) -> dict[Sequence, Draft]:
         """Drafts of sequences whose next token has these logits, each of its own depth."""
         tokens: dict[Sequence, list[int]] = {sequence: [] for sequence in logits}
@@ -192,8 +193,8 @@ class DraftModelDrafter:
         self._cache.add_sequence(sequence.id, length)
         self._followed[sequence.id] = _Followed(long_factors)
 
-    def _forward(self, feeds: dict[Sequence, list[int]]) -> np.ndarray:
-        """Logits `[b, vocab]` after each sequence's new tokens. Raises CacheFullError."""
+    def _forward(self, feeds: dict[Sequence, list[int]]) -> list[LogitRow]:
+        """Logits after each sequence's new tokens. Raises CacheFullError."""
         counts = [len(tokens) for tokens in feeds.values()]
         embed = self._model.embed([token for tokens in feeds.values() for token in tokens])
         with self._cache.forward([sequence.id for sequence in feeds], counts):
@@ -203,7 +204,9 @@ class DraftModelDrafter:
             else:
                 run = self._model.decode if len(counts) == 1 else self._model.batch_decode
                 logits, _ = run(embed, self._cache)
-        return logits.numpy().reshape(len(counts), -1)
+        several = self._width > 1
+        whole = [several or sequence.needs_all_logits for sequence in feeds]
+        return self._model.logit_rows(logits, whole)
 
 
 def _check_vocabulary(draft: CompiledPhi3, target: CompiledPhi3) -> None:

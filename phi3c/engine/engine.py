@@ -26,6 +26,7 @@ from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import AdapterError, CacheFullError, ContextLengthError, InputError
 from phi3c.manifest import Limits
 from phi3c.runtime.compiled import CompiledPhi3
+from phi3c.runtime.logit_row import LogitRow
 
 __all__ = ["Engine"]
 
@@ -136,12 +137,12 @@ class Engine:
         parts = self._scheduler.plan()
         if not parts:
             return self._fail_without_slot()
-        parts, logits = self._run(self._with_drafts(parts))
+        parts, rows = self._run(self._with_drafts(parts))
         complete = [part for part in parts if part.complete]
         self._scheduler.ran(parts)
         sampled: list[Sequence] = []
         try:
-            self._advance(complete, logits, sampled)
+            self._advance(complete, rows, sampled)
         finally:
             self._scheduler.take_back()
             done = self._collect(sampled)
@@ -227,9 +228,9 @@ class Engine:
         budget, room = self._scheduler.draft_budget(parts), self._scheduler.draft_room
         return self._speculation.add_drafts(parts, budget, room)
 
-    def _run(self, parts: list[Part]) -> tuple[list[Part], np.ndarray]:
-        """The forward of as many parts as have room; logits `[m, vocab]` of each complete part's
-        last token and of its draft's tokens."""
+    def _run(self, parts: list[Part]) -> tuple[list[Part], list[LogitRow]]:
+        """The forward of as many parts as have room; logits of each complete part's last token
+        and of its draft's tokens."""
         while parts:
             counts = [part.size for part in parts]
             ids = [part.sequence.id for part in parts]
@@ -240,7 +241,7 @@ class Engine:
             try:
                 with self._cache.forward(ids, counts, parents, slots):
                     start = time.perf_counter()
-                    logits = self._forward(parts)
+                    rows = self._forward(parts)
             except CacheFullError:
                 parts = self._scheduler.retreat(parts)
                 continue
@@ -250,10 +251,10 @@ class Engine:
             self._metrics.model_seconds += seconds
             self._metrics.computed_tokens += sum(counts)
             self._metrics.sequence_steps += len(parts)
-            return parts, logits
-        return [], np.empty((0, 0))
+            return parts, rows
+        return [], []
 
-    def _forward(self, parts: list[Part]) -> np.ndarray:
+    def _forward(self, parts: list[Part]) -> list[LogitRow]:
         embed = self.model.embed([token for part in parts for token in part.tokens])
         single = all(part.size == 1 for part in parts)
         if any(part.draft for part in parts) or (single and self._reproducible):
@@ -261,20 +262,26 @@ class Engine:
         if single:
             run = self.model.decode if len(parts) == 1 else self.model.batch_decode
             logits, _ = run(embed, self._cache)
-            logits = logits.numpy().reshape(len(parts), -1)
-            return logits[[part.complete for part in parts]]
+            rows = self._rows(logits, parts)
+            return [row for row, part in zip(rows, parts, strict=True) if part.complete]
         ends = np.cumsum([part.count for part in parts]) - 1
+        complete = [part for part in parts if part.complete]
         asked = ends[[part.complete for part in parts]]
         some = asked if asked.size else ends[-1:]  # the function wants a row
         logits, _ = self.model.batch_prefill(embed, some, self._cache)
-        return logits.numpy().reshape(some.size, -1)[: asked.size]
+        return self._rows(logits, complete or parts[-1:])[: asked.size]
 
-    def _verify(self, parts: list[Part], embed: Tensor) -> np.ndarray:
+    def _rows(self, logits: Tensor, parts: list[Part]) -> list[LogitRow]:
+        """A row for each part, and one for each token of its draft."""
+        each = ((p.complete and p.sequence.needs_all_logits, 1 + len(p.draft)) for p in parts)
+        return self.model.logit_rows(logits, [needs for needs, n in each for _ in range(n)])
+
+    def _verify(self, parts: list[Part], embed: Tensor) -> list[LogitRow]:
         """A forward for logits of several tokens of a sequence. The large head is left out for
         those of a prompt."""
         if all(part.count == 1 and part.complete for part in parts):
             logits, _ = self.model.batch_verify(embed, self._cache)
-            return logits.numpy().reshape(sum(part.size for part in parts), -1)
+            return self._rows(logits, parts)
         hidden, _ = self.model.batch_verify_to_last_hidden_states(embed, self._cache)
         asked: list[int] = []
         start = 0
@@ -282,26 +289,27 @@ class Engine:
             if part.complete:
                 asked += range(start + part.count - 1, start + part.size)
             start += part.size
-        rows = hidden.numpy()[:, asked or [0]]  # the function wants one
-        return self.model.get_logits(rows).numpy().reshape(rows.shape[1], -1)[: len(asked)]
+        hidden = hidden.numpy()[:, asked or [0]]  # the function wants one
+        complete = [part for part in parts if part.complete]
+        return self._rows(self.model.get_logits(hidden), complete or parts[:1])[: len(asked)]
 
-    def _advance(self, parts: list[Part], logits: np.ndarray, sampled: list[Sequence]) -> None:
+    def _advance(self, parts: list[Part], rows: list[LogitRow], sampled: list[Sequence]) -> None:
         """Sample what a forward gave logits for. sampled: the sequences that have new tokens."""
         nodes = {part: -1 for part in parts if part.draft}  # → the last right one of the draft
         try:
             for part in parts:
-                rows, logits = logits[: 1 + len(part.draft)], logits[1 + len(part.draft) :]
+                own, rows = rows[: 1 + len(part.draft)], rows[1 + len(part.draft) :]
                 forks = self._forks(part.sequence)
                 for sequence in (part.sequence, *forks):
                     sampled.append(sequence)
-                    self._sample(sequence, rows[0])
+                    self._sample(sequence, own[0])
                 if part.draft:
-                    self._descend(part, rows[1:], nodes)
+                    self._descend(part, own[1:], nodes)
         finally:
             self._scheduler.accept(nodes)
 
-    def _descend(self, part: Part, logits: np.ndarray, nodes: dict[Part, int]) -> None:
-        """Sample on as long as the last token is in the draft, whose logits these are, `[m, vocab]`
+    def _descend(self, part: Part, rows: list[LogitRow], nodes: dict[Part, int]) -> None:
+        """Sample on as long as the last token is in the draft, whose logits these are
         (speculation.py says why that is exact)."""
         sequence, node = part.sequence, -1
         while not sequence.finished and sequence.handle.error is None:
@@ -309,16 +317,16 @@ class Engine:
             if node is None:
                 break
             nodes[part] = node
-            self._sample(sequence, logits[node])
+            self._sample(sequence, rows[node])
         depth = part.draft.depth(nodes[part])
         self._speculation.accepted(part, depth)
         self._metrics.drafted_tokens += len(part.draft)
         self._metrics.accepted_tokens += depth
 
-    def _sample(self, sequence: Sequence, logits: np.ndarray) -> None:
+    def _sample(self, sequence: Sequence, row: LogitRow) -> None:
         handle = sequence.handle
         try:
-            sequence.sample(logits)
+            sequence.sample(row)
         except RuntimeError as error:  # logits, or a grammar, that nothing can be drawn from
             handle.error = error
             return

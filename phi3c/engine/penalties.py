@@ -38,10 +38,13 @@ class Penalties:
         if self._seen is not None:
             self._seen[token_id] = True
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is asked for."""
+        return self._counts is not None or self._seen is not None or self._bias_ids.size > 0
+
     def apply(self, logits: np.ndarray) -> np.ndarray:
-        """logits `[vocab]` → the same array where nothing is asked for, else a changed copy."""
-        if self._counts is None and self._seen is None and not self._bias_ids.size:
-            return logits
+        """logits `[vocab]` → a changed copy."""
         logits = logits.copy()
         if self._seen is not None:
             penalty = np.float32(self._params.repetition_penalty)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phi3c.engine.logit_row import LogitRow
+from phi3c.runtime.logit_row import LogitRow
 
 __all__ = ["RaceNumbers", "first_in_race"]
 
@@ -78,7 +78,7 @@ def first_in_race(
     lowest: (logit, token id) of the last that takes part, in the order of logits and then of ids.
     """
     found: list[tuple[float, int]] = []
-    logits, blocks = row.logits, row.tops.size
+    logits, blocks = row.logits, row.blocks
 
     def run(ids: np.ndarray, values: np.ndarray, its_numbers: np.ndarray) -> None:
         weights = row.weights(values, temperature)

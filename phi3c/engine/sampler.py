@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from phi3c.engine.logit_row import LogitRow, checked_argmax
 from phi3c.engine.race import RaceNumbers, first_in_race
 from phi3c.errors import InputError
+from phi3c.runtime.logit_row import LogitRow
 
 __all__ = ["Sampler", "SamplingParams", "filtered_distribution"]
 
@@ -106,20 +106,20 @@ class Sampler:
         seeds = np.random.SeedSequence(params.seed, spawn_key=(stream,))
         self._key = int(seeds.generate_state(1, np.uint64)[0])
 
-    def sample(self, logits: np.ndarray) -> int:
+    def sample(self, logits: np.ndarray | LogitRow) -> int:
         """The next token for `logits` [vocab]. RuntimeError if they hold NaN or +inf."""
         [token_id] = self.likeliest(logits, 1)
         self._position += 1
         return token_id
 
-    def likeliest(self, logits: np.ndarray, count: int, ahead: int = 0) -> list[int]:
+    def likeliest(self, logits: np.ndarray | LogitRow, count: int, ahead: int = 0) -> list[int]:
         """The first `count` in the race for the token after `ahead` more, were these its logits.
 
         The first of them is what `sample` takes. Fewer where fewer have a probability.
         """
+        row = LogitRow.of(logits)
         if self.params.greedy:
-            return _largest(logits, count)
-        row = LogitRow(logits)
+            return _largest(row, count)
         numbers = RaceNumbers(self._key, self._position + ahead, row.table.shape)
         lowest = _lowest(row, self.params)
         return first_in_race(row, numbers, self.params.temperature, lowest, count)
@@ -132,9 +132,9 @@ def filtered_distribution(
 
     logits: [vocab], any float type. Returns ids [m] int64, ascending, and probs [m].
     """
+    row = LogitRow.of(logits)
     if params.greedy:
-        return np.array([checked_argmax(logits)]), np.ones(1)
-    row = LogitRow(logits)
+        return np.array([row.argmax()]), np.ones(1)
     value, last = _lowest(row, params)
     stays = row.logits > value
     stays[: last + 1] |= row.logits[: last + 1] == value
@@ -148,8 +148,8 @@ def _lowest(row: LogitRow, params: SamplingParams) -> tuple[float, int]:
 
     That is all there is to say: each filter keeps a beginning of that order.
     """
-    value, last = -np.inf, row.logits.size
-    if 0 < params.top_k < row.logits.size:
+    value, last = -np.inf, row.size
+    if 0 < params.top_k < row.size:
         value = row.kth_largest(int(params.top_k))
     if params.top_p < 1:
         value, last = _top_p(row, value, params)
@@ -159,7 +159,7 @@ def _lowest(row: LogitRow, params: SamplingParams) -> tuple[float, int]:
         values = row.at_least(max(value, around))
         least = values[row.weights(values, params.temperature) >= params.min_p].min()
         if least > value:
-            value, last = least, row.logits.size
+            value, last = least, row.size
     return value, last
 
 
@@ -197,13 +197,13 @@ def _masses(weights: np.ndarray) -> np.ndarray:
     return masses
 
 
-def _largest(logits: np.ndarray, count: int) -> list[int]:
+def _largest(row: LogitRow, count: int) -> list[int]:
     """Ids of the largest logits that are not -inf, in order; the lower of equals first."""
-    first = checked_argmax(logits)
+    first = row.argmax()
     if count == 1:
         return [first]
-    order = np.argsort(-np.asarray(logits), kind="stable")[:count]
-    return order[logits[order] > -np.inf].tolist()
+    order = np.argsort(-row.logits, kind="stable")[:count]
+    return order[row.logits[order] > -np.inf].tolist()
 
 
 def _is_finite(value: Any) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from phi3c.engine.detokenizer import IncrementalDetokenizer
 from phi3c.engine.grammar_state import CompiledGrammar
 from phi3c.engine.logprobs import logprobs
@@ -12,6 +10,7 @@ from phi3c.engine.prefix_cache import Digests
 from phi3c.engine.request import Handle, Output, Piece
 from phi3c.engine.sampler import Sampler
 from phi3c.engine.tokenizer import Tokenizer
+from phi3c.runtime.logit_row import LogitRow
 
 __all__ = ["Sequence"]
 
@@ -82,24 +81,31 @@ class Sequence:
     def finished(self) -> bool:
         return self.output.finish_reason is not None
 
-    def likeliest(self, logits: np.ndarray, count: int, ahead: int) -> list[int]:
-        """Guesses at the token after `ahead` more, from a draft model's logits `[vocab]`.
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether a token takes more than the largest logit."""
+        params = self.handle.request.params
+        more = self._penalties.active or self._grammar is not None or params.logprobs is not None
+        return more or not params.greedy
+
+    def likeliest(self, row: LogitRow, count: int, ahead: int) -> list[int]:
+        """Guesses at the token after `ahead` more, from a draft model's logits.
 
         Penalties are those of now. RuntimeError if the logits hold NaN or +inf.
         """
-        return self._sampler.likeliest(self._penalties.apply(logits), count, ahead)
+        return self._sampler.likeliest(self._penalised(row), count, ahead)
 
-    def sample(self, logits: np.ndarray) -> None:
-        """Take the next token from logits `[vocab]`. RuntimeError if they hold NaN or +inf, or if
-        the grammar refuses."""
+    def sample(self, row: LogitRow) -> None:
+        """Take the next token from these logits. RuntimeError if they hold NaN or +inf, or if the
+        grammar refuses."""
         output = self.output
-        logits = self._penalties.apply(logits)
-        masked = logits if self._grammar is None else self._grammar.mask(logits)
+        row = self._penalised(row)
+        masked = row if self._grammar is None else LogitRow(self._grammar.mask(row.logits))
         token_id = self._sampler.sample(masked)
         if self._grammar is not None:
             self._grammar.accept(token_id)
         if self.handle.request.params.logprobs is not None:
-            output.logprobs.append(logprobs(logits, token_id, self.handle.request.params.logprobs))
+            output.logprobs.append(logprobs(row, token_id, self.handle.request.params.logprobs))
         self._penalties.add(token_id)
         self.tokens.append(token_id)
         output.token_ids.append(token_id)
@@ -117,6 +123,9 @@ class Sequence:
             output.finish_reason = "stop" if stopped else "length"
         if piece or self.finished or self._detokenizer is None:
             self._tell(piece)
+
+    def _penalised(self, row: LogitRow) -> LogitRow:
+        return LogitRow(self._penalties.apply(row.logits)) if self._penalties.active else row
 
     def _tell(self, text: str) -> None:
         output, since = self.output, self._told

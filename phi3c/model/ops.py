@@ -14,6 +14,7 @@ from ..kernels.family import Kernels
 from ..kernels.layout import GROUP
 from ..kernels.low_rank import LowRank
 from ..kernels.weight_format import GroupFormat, WeightFormat
+from ..logit_blocks import logit_blocks
 from ..quantization.group import GroupQuantization
 from ..quantization.layers import GroupWeight, Weight, make_weight
 from ..quantization.scheme import Kind, Scheme
@@ -233,6 +234,13 @@ class Ops:
             inplace_indices=0,
             out=Tensor.placeholder(pages.shape, pages.dtype),
         )
+
+    def block_maxima(self, logits: Tensor) -> Tensor:
+        """logits `[1, n, vocab]` → `[n, 2, blocks]` int32: bits of the largest, and its id."""
+        vocab_size, blocks = logits.shape[2], logit_blocks(logits.shape[2])
+        kernel = self.kernels.block_maxima(vocab_size, blocks)
+        out = Tensor.placeholder([logits.shape[1], 2, blocks], "int32")
+        return nn.op.tensor_ir_op(kernel, "block_maxima", [logits], out)
 
 
 def _parts(weight: Weight) -> tuple[WeightFormat, list[Tensor]]:

@@ -113,6 +113,10 @@ class Phi3ForCausalLM(nn.Module):
         logits = self._vocabulary(_rows(hidden_states))  # [n, vocab]
         return nn.op.reshape(logits, (1, *logits.shape))  # [1, n, vocab]
 
+    def block_maxima(self, logits: Tensor) -> Tensor:
+        """Of each block of each row of logits the largest, as its bits, and its token id."""
+        return self.ops.block_maxima(logits)  # [n, 2, blocks]
+
     def copy_slots(self, source: Tensor, target: Tensor, pages: list[Tensor]) -> list[Tensor]:
         """Copies tokens between KV slots in every layer (block·16 + offset, in order)."""
         return [self.ops.copy_slots(layer, source, target) for layer in pages]
@@ -178,6 +182,11 @@ class Phi3ForCausalLM(nn.Module):
                 effect_mode="none",
             ),
         }
+        if not self.ops.kernels.in_host_memory:
+            logits = nn.spec.Tensor([1, "n", self.config.vocab_size], "float32")
+            methods["block_maxima"] = nn.spec.MethodSpec(
+                self.block_maxima, ["logits"], [logits], param_mode="none", effect_mode="none"
+            )
         return nn.spec.ModuleSpec(self, list(methods), list(methods.values()))
 
     @staticmethod

@@ -21,9 +21,11 @@ from ..memory import default_cache_tokens, memory
 from ..vulkan import KernelTime
 from .adapter_pools import AdapterPools
 from .device import RunDevice, open_device
+from .device_logits import device_rows
 from .host import check_cpu
 from .kv_cache import PagedKVCache
 from .loaded_adapters import Adapter, LoadedAdapters
+from .logit_row import LogitRow
 from .threads import ThreadPool, check_threads
 
 Array = np.ndarray | Sequence | Tensor
@@ -237,6 +239,16 @@ class CompiledPhi3:
         """The LM head alone: `[..., hidden]`, n rows in all → logits `[1, n, vocab]` float32."""
         hidden = self._activations("hidden_states", hidden_states, "get_logits", None)
         return self._call("get_logits", {"hidden_states": hidden})
+
+    def logit_rows(self, logits: Tensor, whole: Sequence[bool]) -> list[LogitRow]:
+        """A forward's logits, row after row, as a sampler looks into them. It waits for them.
+
+        whole: rows that it is going to look at in full; of others it may need the largest alone.
+        """
+        rows = logits._create_view((1, len(whole), self.config.vocab_size))
+        if "block_maxima" not in self._functions:
+            return [LogitRow(row) for row in rows.numpy()[0]]
+        return device_rows(rows, whole, lambda rows: self._call("block_maxima", {"logits": rows}))
 
     def kernel_times(self) -> AbstractContextManager[dict[str, KernelTime]]:
         """Times the kernels that run inside; the dict is filled at the end. Timing costs some time.

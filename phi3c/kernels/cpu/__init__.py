@@ -38,6 +38,7 @@ class CpuKernels:
     activation_dtype = "float32"
     weight_layout = "cpu"  # layout.py, the same for every instruction set
     kv_block = KV_BLOCK
+    in_host_memory = True  # what they write
     int8_words = WORDS  # 32-bit words of a group of int8 activations
 
     def with_activations(self, dtype: str) -> CpuKernels:

@@ -19,6 +19,7 @@ from .embedding import embedding, last_row, take_rows
 from .expand import expand
 from .limits import GpuLimits, MatrixUnits
 from .linear import linear
+from .maxima import block_maxima
 from .norm import rms_norm
 from .prefill_attention import prefill_attention
 from .rope import rope_append, rope_table
@@ -35,6 +36,7 @@ class GpuKernels:
 
     weight_layout = "gpu"  # layout.py
     kv_block = KV_BLOCK
+    in_host_memory = False  # what they write
 
     @property
     def activation_dtype(self) -> str:
@@ -129,3 +131,7 @@ class GpuKernels:
     @cache  # noqa: B019
     def copy_slots(self, kv_heads: int, head_dim: int, kv_dtype: str) -> tirx.PrimFunc:
         return copy_slots(self.limits, kv_heads, head_dim, kv_dtype)
+
+    @cache  # noqa: B019
+    def block_maxima(self, vocab_size: int, blocks: int) -> tirx.PrimFunc:
+        return block_maxima(self.limits, vocab_size, blocks)
