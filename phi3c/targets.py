@@ -33,6 +33,7 @@ from .kernels.cpu.isa import (
 )
 from .kernels.family import Kernels
 from .kernels.gpu import GpuKernels
+from .kernels.gpu.limits import CUDA
 
 # LLVM feature → the flag that Linux reports for it. An artifact lists those that its code may use,
 # so that a CPU without them is refused at load instead of dying on an illegal instruction.
@@ -156,7 +157,7 @@ def _cuda(name: str, arch: str) -> Target:
             f"target: found {name!r}; accepted: cuda, cuda:native, or cuda:<arch> with one of "
             f"{', '.join(_CUDA_ARCHS)}"
         )
-    host, kernels = _gpu_host(), GpuKernels("float32", matrix="mma")
+    host, kernels = _gpu_host(), GpuKernels("float32", CUDA, "mma")
     target = tvm.target.Target({"kind": "cuda", "arch": arch, "host": host})
     return Target(name, "cuda", target, kernels, host["mcpu"], host["mtriple"], (), arch)
 

@@ -17,24 +17,6 @@ STUB = Path(__file__).with_name("cuda_stub.cc")
 _MORE = """
 #define EMULATE_CUDA
 #include "{header}"
-template <typename T> T max(T a, T b) {{ return a < b ? b : a; }}
-using float4 = Vector<float, 4>;
-template <typename T> T from_lane(T value, int lane) {{
-  emulator::Warp& w = emulator::warp();
-  memcpy(&w.address[emulator::lane()], &value, sizeof value);
-  emulator::sync_warp();
-  memcpy(&value, &w.address[lane], sizeof value);
-  emulator::sync_warp();
-  return value;
-}}
-inline unsigned __activemask() {{ return ~0u; }}
-template <typename T> T __shfl_sync(unsigned, T value, int lane, int width) {{
-  return from_lane(value, emulator::lane() / width * width + lane % width);
-}}
-template <typename T> T __shfl_down_sync(unsigned, T value, int delta, int width) {{
-  int lane = emulator::lane();
-  return from_lane(value, lane % width + delta < width ? lane + delta : lane);
-}}
 """
 _LAUNCH = """
 extern "C" void launch_{name}(void** p, unsigned* grid, unsigned* block) {{

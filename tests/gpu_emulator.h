@@ -57,8 +57,17 @@ struct Warp {
   const void* pointer[kWarp];
 };
 
+// Of cp.async: when it writes is open until it is waited for. So what it will write is NaN from the
+// beginning on, and only the wait brings the values.
+struct Copy {
+  char* to;
+  const void* from;
+  int bytes;  // the rest of 16 becomes zeros
+};
+
 struct Thread {
   ucontext_t context;
+  std::vector<Copy> issued, committed;
   std::unique_ptr<char[]> stack;
   bool done = false;
   uint3_ index;
@@ -156,6 +165,12 @@ inline void run_grid(uint3_ grid, uint3_ size, bool reversed, std::function<void
       for (block.x = 0; block.x < grid.x; ++block.x) run_block(size, reversed);
 }
 
+// The rows, 16 bytes each, that 8 threads name together: how many of them meet in a bank.
+inline void count_conflicts(const unsigned* address) {
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < i; ++j) conflicts += address[i] / 16 % 8 == address[j] / 16 % 8;
+}
+
 inline float half_of(unsigned pair, int which) {
   half h;
   h.bits = uint16_t(pair >> 16 * which);
@@ -174,11 +189,68 @@ inline void ldmatrix_x4(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, 
     unsigned from = w.address[8 * m + lane() / 4] + lane() % 4 * 4;
     memcpy(out[m], shared + from, 4);
   }
-  if (lane() % 8 == 0)
-    for (int i = 0; i < 8; ++i)
-      for (int j = 0; j < i; ++j)
-        conflicts += w.address[lane() + i] / 16 % 8 == w.address[lane() + j] / 16 % 8;
+  if (lane() % 8 == 0) count_conflicts(w.address + lane());
   sync_warp();
+}
+
+// With .trans: elements 2·(lane % 4), … of column lane / 4.
+inline void ldmatrix_x4_trans(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3,
+                              unsigned address) {
+  Warp& w = warp();
+  if (address % 16) fail("ldmatrix of an address that is not aligned");
+  w.address[lane()] = address;
+  sync_warp();
+  unsigned* out[4] = {&r0, &r1, &r2, &r3};
+  for (int m = 0; m < 4; ++m)
+    for (int i = 0; i < 2; ++i)
+      memcpy((char*)out[m] + 2 * i, shared + w.address[8 * m + lane() % 4 * 2 + i] + lane() / 4 * 2, 2);
+  if (lane() % 8 == 0) count_conflicts(w.address + lane());
+  sync_warp();
+}
+
+inline void cp_async(unsigned to, const void* from, unsigned bytes) {
+  Warp& w = warp();
+  if (to % 16 || (uintptr_t)from % 16 || bytes > 16) fail("cp.async of what is not a vector");
+  w.address[lane()] = to;
+  sync_warp();
+  if (lane() % 8 == 0) count_conflicts(w.address + lane());
+  memset(shared + to, 0xff, 16);
+  current->issued.push_back({shared + to, from, (int)bytes});
+  sync_warp();
+}
+
+inline void cp_async_commit() {
+  auto& issued = current->issued;
+  current->committed.insert(current->committed.end(), issued.begin(), issued.end());
+  issued.clear();
+}
+
+inline void cp_async_wait_all_committed() {
+  for (const Copy& copy : current->committed) {
+    memset(copy.to, 0, 16);
+    memcpy(copy.to, copy.from, copy.bytes);
+  }
+  current->committed.clear();
+}
+
+template <typename T>
+T from_lane(T value, int from) {
+  Warp& w = warp();
+  memcpy(&w.address[lane()], &value, sizeof value);
+  sync_warp();
+  memcpy(&value, &w.address[from], sizeof value);
+  sync_warp();
+  return value;
+}
+
+inline bool any(bool mine) {
+  Warp& w = warp();
+  w.address[lane()] = mine;
+  sync_warp();
+  bool found = false;
+  for (unsigned one : w.address) found |= one;
+  sync_warp();
+  return found;
 }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32. The fragments: A's element i is in row
@@ -275,12 +347,18 @@ using uint = unsigned;
 using half2 = Vector<half, 2>;
 using half4 = Vector<half, 4>;
 using float2 = Vector<float, 2>;
+using float4 = Vector<float, 4>;
 using uint2 = Vector<uint, 2>;
 using uint4 = Vector<uint, 4>;
 
 template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
+}
+
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
 }
 
 #ifdef EMULATE_CUDA
@@ -295,6 +373,47 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline unsigned __cvta_generic_to_shared(const void* p) {
   return unsigned((const char*)p - emulator::shared);
+}
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline unsigned __activemask() { return ~0u; }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane, int width) {
+  return emulator::from_lane(value, emulator::lane() / width * width + lane % width);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int delta, int width) {
+  int lane = emulator::lane();
+  return emulator::from_lane(value, lane % width + delta < width ? lane + delta : lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask, int) {
+  return emulator::from_lane(value, emulator::lane() ^ mask);
+}
+// TVM's functions of one PTX instruction, which it writes before the kernels.
+inline unsigned tvm_builtin_cuda_cvta_generic_to_shared(void* p) {
+  return __cvta_generic_to_shared(p);
+}
+inline int tvm_builtin_cuda_any_sync(unsigned, int mine) { return emulator::any(mine); }
+inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(unsigned to, const void* from) {
+  emulator::cp_async(to, from, 16);
+}
+inline void tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_16(unsigned to,
+                                                                           const void* from,
+                                                                           unsigned bytes) {
+  emulator::cp_async(to, from, bytes);
+}
+inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
+  emulator::cp_async_commit();
+}
+inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0() {
+  emulator::cp_async_wait_all_committed();
+}
+inline float without_denormals(float x) { return std::fabs(x) < 1.17549435e-38f ? 0 : x; }
+inline void tvm_builtin_ptx_ex2_approx_ftz_f32(float& to, float x) {
+  to = without_denormals(std::exp2(without_denormals(x)));
+}
+inline void tvm_builtin_ptx_rcp_approx_ftz_f32(float& to, float x) {
+  to = without_denormals(1 / without_denormals(x));
 }
 #else
 #define device

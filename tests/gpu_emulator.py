@@ -28,6 +28,7 @@ _START = {
 _OPERAND = r'"=?[rf]"\(((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*)\)'
 _INSTRUCTIONS = {
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16": "emulator::ldmatrix_x4",
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": "emulator::ldmatrix_x4_trans",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": "emulator::mma_m16n8k16",
 }
 
@@ -62,8 +63,8 @@ def _instruction(match: re.Match) -> str:
     return f"{_INSTRUCTIONS[name]}({', '.join(re.findall(_OPERAND, match[0]))});"
 
 
-def _as_cpp(kernel: str, target: str) -> tuple[str, list[str]]:
-    """C++ with a function `launch(pointers, n, grid, threads, reversed)`; the pointers' names."""
+def _as_cpp(kernel: str, target: str) -> tuple[str, list[str], list[str]]:
+    """C++ with a function `launch(pointers, numbers, grid, threads, reversed)`; their names."""
     kernel = re.sub(
         r"(?:__shared__ alignas\(64\)|threadgroup) (\w+) (\w+)\[(\d+)\];",
         r"\1* \2 = (\1*)emulator::array(\3 * sizeof(\1));",
@@ -77,37 +78,37 @@ def _as_cpp(kernel: str, target: str) -> tuple[str, list[str]]:
     arguments = [f"({kind}*)pointers[{i}]" for i, (kind, _) in enumerate(pointers)]
     if target == "cuda":
         name = re.search(r"(main_kernel\w*)\(", kernel)[1]
-        assert re.search(r"_ptr, int64_t n\) \{", kernel), kernel[:400]
+        numbers = re.findall(r"int64_t (\w+)", kernel[: kernel.index(") {")])
         kernel = re.sub(r'extern "C" __global__ (.*?) __launch_bounds__\(\d+\)', r"\1", kernel)
-        arguments.append("n")
+        arguments += [f"numbers[{i}]" for i in range(len(numbers))]
     else:
         name = re.search(r"kernel void (main_kernel\w*)\(", kernel)[1]
         assert re.search(r"_args_t \{\n +long n;\n\}", kernel), kernel[:400]
-        kernel = kernel.replace("kernel void", "void")
+        kernel, numbers = kernel.replace("kernel void", "void"), ["n"]
         arguments += [
-            f"{name}_args_t{{n}}",
+            f"{name}_args_t{{numbers[0]}}",
             "uint2{emulator::block.x, emulator::block.y}",
             "uint2{emulator::current->index.x, emulator::current->index.y}",
         ]
         kernel = re.sub(r"constant (\w+)&", r"const \1&", kernel)
     define = "#define EMULATE_CUDA\n" if target == "cuda" else ""
     launch = f"""
-extern "C" long launch(void** pointers, int64_t n, unsigned* grid, unsigned threads,
-                       bool reversed) {{
+extern "C" long launch(void** pointers, int64_t* numbers, unsigned* grid,
+                       unsigned threads, bool reversed) {{
   emulator::run_grid({{grid[0], grid[1], 1}}, {{threads, 1, 1}}, reversed,
                      [&] {{ {name}({", ".join(arguments)}); }});
   return emulator::conflicts;
 }}
 """
-    return f'{define}#include "{HEADER}"\n{kernel}{launch}', [name for _, name in pointers]
+    text = f'{define}#include "{HEADER}"\n{kernel}{launch}'
+    return text, [name for _, name in pointers], numbers
 
 
 class EmulatedKernel:
-    """One kernel of one workgroup shape, `[threads, 1, 1]`, with the argument n beside its
-    buffers."""
+    """One kernel of one workgroup shape, `[threads, 1, 1]`, with numbers beside its buffers."""
 
     def __init__(self, kernel: str, target: str, folder: Path):
-        text, self._pointers = _as_cpp(kernel, target)
+        text, self._pointers, self._numbers = _as_cpp(kernel, target)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         source, library = folder / f"{name}.cc", folder / f"{name}.so"
         source.write_text(text)
@@ -120,13 +121,14 @@ class EmulatedKernel:
         self._launch.restype = ctypes.c_long
 
     def __call__(
-        self, buffers: dict[str, np.ndarray], n: int, grid: tuple[int, int], threads: int,
-        reversed: bool = False,
+        self, buffers: dict[str, np.ndarray], numbers: dict[str, int], grid: tuple[int, int],
+        threads: int, reversed: bool = False,
     ) -> int:  # fmt: skip
         """Runs; returns how many rows of matrices met in a bank of shared memory."""
-        assert set(buffers) == set(self._pointers)
+        assert set(buffers) == set(self._pointers) and set(numbers) == set(self._numbers)
         pointers = (ctypes.c_void_p * len(buffers))(
             *[buffers[name].ctypes.data for name in self._pointers]
         )
         size = (ctypes.c_uint * 2)(*grid)
-        return self._launch(pointers, ctypes.c_int64(n), size, threads, ctypes.c_bool(reversed))
+        values = (ctypes.c_int64 * len(numbers))(*[numbers[name] for name in self._numbers])
+        return self._launch(pointers, values, size, threads, ctypes.c_bool(reversed))

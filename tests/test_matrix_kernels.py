@@ -101,7 +101,7 @@ def run(kernel, side, x, arrays, residual, out, written, reversed=False) -> tupl
     if residual is not None:
         buffers["R"] = residual
     grid = -(-n // side), -(-out // side)
-    return found, kernel(buffers, n, grid, 2 * side, reversed)
+    return found, kernel(buffers, {"n": n}, grid, 2 * side, reversed)
 
 
 @cache

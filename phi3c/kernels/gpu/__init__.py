@@ -126,7 +126,8 @@ class GpuKernels:
     def prefill_attention(
         self, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, window: int | None
     ) -> tirx.PrimFunc:
-        return prefill_attention(self.dtype, heads, kv_heads, head_dim, kv_dtype, window)
+        shape = (heads, kv_heads, head_dim, kv_dtype, window)
+        return prefill_attention(self.limits, self.matrix, self.dtype, *shape)
 
     @cache  # noqa: B019
     def copy_slots(self, kv_heads: int, head_dim: int, kv_dtype: str) -> tirx.PrimFunc:

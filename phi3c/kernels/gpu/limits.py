@@ -20,4 +20,6 @@ class GpuLimits:
     shared_bytes: int = 32768
 
 
+CUDA = GpuLimits(shared_bytes=49152)  # more than these must be asked of the driver
+
 LANES = 32  # threads that share a sum, at least; a choice of ours, not the width of a warp
