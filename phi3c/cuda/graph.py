@@ -25,7 +25,8 @@ from ..errors import DeviceError
 from .driver import call_driver
 from .inputs import Inputs
 
-MOST_GRAPHS = 16  # of a cache; the least recently used one goes
+MOST_GRAPHS = 16  # of a cache; the least recently used ones go
+MOST_BYTES = 256 << 20  # that they work in; a single one may have more
 _MET = 256  # shapes of a cache that are remembered before they have a graph
 _BLOCKS = "block_ids"  # the input that grows with the context
 _FEWEST_BLOCKS = 32
@@ -128,9 +129,9 @@ class _Cache:
         if key in self._graphs:
             self._graphs.move_to_end(key)
         elif key in self._met:
-            if len(self._graphs) == MOST_GRAPHS:
-                self._graphs.popitem(last=False)
             self._graphs[key] = capture()
+            while len(self._graphs) > 1 and self._too_many():
+                self._graphs.popitem(last=False)
         else:
             self._met[key] = None
             if len(self._met) > _MET:
@@ -138,9 +139,13 @@ class _Cache:
             return None
         return self._graphs[key]
 
+    def _too_many(self) -> bool:
+        held = sum(graph.bytes for graph in self._graphs.values())
+        return len(self._graphs) > MOST_GRAPHS or held > MOST_BYTES
+
 
 class _Graph:
-    """A captured call, the memory that it works in, and that of its inputs."""
+    """A captured call, the memory that it works in (`bytes`), and that of its inputs."""
 
     def __init__(
         self,
@@ -165,10 +170,11 @@ class _Graph:
             # enough in the pool, and allocates nothing. Twice, as a machine keeps its last result.
             for _ in range(2):
                 vm[name](*arguments)
-                self._storage.held.clear()
+                self._storage.release()
             self._exec, self._output = _capture(device, lambda: vm[name](*arguments))
         finally:
             vm.set_instrument(lambda *_: None)  # it would keep the storage
+        self.bytes = self._storage.bytes
 
     def launch(self, inputs: Values) -> Tensor:
         """The function's output, in memory of its own: the graph's is written by the next launch.
@@ -197,13 +203,19 @@ class _Storage:
     others, as the pool that it comes from would do after a call."""
 
     def __init__(self):
-        self.held: list[Any] = []
+        self.bytes = 0
+        self._held: list[Any] = []
         self._arguments: tuple[Any, ...] = ()
 
     def __call__(self, function: Any, name: str, before: bool, result: Any, *arguments: Any):
         if name == _ALLOC_STORAGE and not before:
-            self.held.append(result)
+            self._held.append(result)
+            self.bytes += int(arguments[1][0])
             self._arguments = arguments
+
+    def release(self) -> None:
+        self._held.clear()
+        self.bytes = 0
 
     def tensor(self, shape: Sequence[int], dtype: str) -> Tensor:
         """One from the same pool, where it goes back to."""
