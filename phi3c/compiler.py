@@ -160,9 +160,10 @@ def compile_library(
         "n": limits.prefill_chunk_size,
         "b": limits.max_batch_size,
         "logit_rows": limits.max_batch_size,
+        "m": limits.listed_blocks(place.kernels.kv_block),
     }
     with place.tvm_target:
-        mod = apply(plan_passes(bounds), mod)
+        mod = apply(plan_passes(bounds, place.device), mod)
         workspace = workspace_bytes(mod)
         mod = apply(finalize_passes(), mod)
     with device_code(place) as built, kernel_lowering(place.device):

@@ -67,6 +67,10 @@ class Limits:
     context_length: int
     prefill_chunk_size: int
 
+    def listed_blocks(self, block_tokens: int) -> int:
+        """The most KV blocks that a forward lists."""
+        return self.max_batch_size * -(-self.context_length // block_tokens)
+
 
 @dataclass(frozen=True)
 class KVLayout:

@@ -8,19 +8,21 @@ import tvm
 from tvm import relax
 
 from .passes.bounds import AttachUpperBounds
+from .passes.lift_workspace import LiftWorkspace
 
 Pass = Callable[[tvm.IRModule], tvm.IRModule]
 
 
-def plan_passes(bounds: dict[str, int]) -> list[Pass]:
+def plan_passes(bounds: dict[str, int], device: str = "cpu") -> list[Pass]:
     """Everything up to and including memory planning.
 
     The model calls only scheduled kernels; what is left to legalize are reshapes, which become
-    views.
+    views. For CUDA, whose graphs keep addresses, all memory is planned.
     """
     t = relax.transform
     return [
         AttachUpperBounds(tuple(bounds.items())),
+        *([LiftWorkspace()] if device == "cuda" else []),
         t.LegalizeOps(),
         t.RewriteDataflowReshape(),
         t.ToNonDataflow(),

@@ -23,6 +23,7 @@ extern "C" void launch_{name}(void** p, unsigned* grid, unsigned* block) {{
   emulator::run_grid({{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, false,
                      [=] {{ {name}({arguments}); }});
 }}
+extern "C" const unsigned sizes_{name}[] = {{ {sizes}, 0 }};
 """
 
 
@@ -47,7 +48,8 @@ def environment(driver: Path, device: str, kernels: Path | None = None) -> dict[
 
 
 def emulated(source: str, folder: Path, parts: int = 4) -> Path:
-    """A library with a function launch_<kernel> for each kernel of TVM's CUDA source."""
+    """A library with a function launch_<kernel> for each kernel of TVM's CUDA source, and the
+    sizes_<kernel> of its arguments."""
     kernels = [_as_cpp(kernel) for kernel in kernels_of(source, "cuda")]
     objects = []
     for i in range(parts):
@@ -82,7 +84,8 @@ def _as_cpp(kernel: str) -> str:
     assert "__shared__" not in body and "asm" not in body
     arguments = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(types))
     text = f"static void {name}({', '.join(parameters)}) {{{body}"
-    return text + _LAUNCH.format(name=name, arguments=arguments)
+    sizes = ", ".join(f"sizeof({kind})" for kind in types)
+    return text + _LAUNCH.format(name=name, arguments=arguments, sizes=sizes)
 
 
 def _run(command: list[str]) -> None:

@@ -23,7 +23,7 @@ from tvm.script import tirx as T
 import phi3c
 from phi3c.compiler import compile_library
 from phi3c.config import Phi3Config
-from phi3c.cuda import codegen, nvrtc, packing
+from phi3c.cuda import codegen, graph, nvrtc, packing
 from phi3c.errors import ArtifactError, DeviceError, TargetError
 from phi3c.manifest import Limits
 from phi3c.quantization.scheme import parse_scheme
@@ -209,6 +209,21 @@ def test_a_model_runs_as_on_the_cpu(toy, driver, tmp_path):
     found = np.load(tmp_path / "found.npy")
     error = np.abs(found - expected).max() / np.abs(expected).max()
     assert error <= (1e-5 if "f32" in quantization else 5e-3), error
+
+
+def test_decode_steps_are_graphs(toy, driver):
+    """With the results of launching kernel by kernel, to the bit."""
+    assert graph._obstacle(toy.artifact.library) is None
+    env = environment(driver, "9.0 80", toy.artifact.path.parent / "kernels.so")
+    adapter = [ADAPTER] if toy.options else []
+    print(run("cuda_graphs.py", toy.artifact.path, *adapter, env=env))
+
+
+def test_a_library_whose_kernels_allocate_is_not_captured(tmp_path):
+    source, library = tmp_path / "old.cc", tmp_path / "old.so"
+    source.write_text('extern "C" { void* __TVMBackendAllocWorkspace = 0; }')
+    subprocess.run([COMPILER, "-shared", "-fPIC", source, "-o", library], check=True)
+    assert "an older phi3c" in graph._obstacle(library)
 
 
 @pytest.mark.parametrize("toy", ["sm_90"], indirect=True)

@@ -70,6 +70,11 @@ def free_bytes(index: int) -> int:
     return free.value
 
 
+def call_driver(name: str, *arguments: Any) -> None:
+    """A function of the driver's, once it has begun. Raises DeviceError, naming its error."""
+    _check(name, getattr(_library(), name)(*arguments))
+
+
 def _count(driver: Callable[..., None]) -> int:
     count = ctypes.c_int()
     driver("cuDeviceGetCount", ctypes.byref(count))
@@ -96,11 +101,7 @@ def _driver() -> Callable[..., None] | None:
     if status == _NO_DEVICE:
         return None
     _check("cuInit", status)
-
-    def call(name: str, *arguments: Any) -> None:
-        _check(name, getattr(library, name)(*arguments))
-
-    return call
+    return call_driver
 
 
 @cache

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +79,9 @@ class CompiledPhi3:
         self._vm = VirtualMachine(library, device.tvm)
         self._functions = {name: self._vm[name] for name in self.manifest.functions}
         self._parameters = tvm.runtime.convert(device.parameters(self._mapped.values()))
+        blocks = self.manifest.limits.listed_blocks(self.manifest.kv_layout.block_tokens)
+        # On CUDA, what makes a decode step one launch; None elsewhere.
+        self.decode_graphs = device.decode_graphs(library, artifact.library, blocks)
 
         layout = self.manifest.adapters
         self.adapter_pools = layout and AdapterPools(layout, self.config, device.tvm)
@@ -250,13 +253,17 @@ class CompiledPhi3:
             return [LogitRow(row) for row in rows.numpy()[0]]
         return device_rows(rows, whole, lambda rows: self._call("block_maxima", {"logits": rows}))
 
-    def kernel_times(self) -> AbstractContextManager[dict[str, KernelTime]]:
+    @contextmanager
+    def kernel_times(self) -> Iterator[dict[str, KernelTime]]:
         """Times the kernels that run inside; the dict is filled at the end. Timing costs some time.
 
         On a GPU they are the kernels of the library, on the CPU the calls of the virtual machine,
-        each of one kernel or more.
+        each of one kernel or more; what would be one CUDA graph is launched kernel by kernel.
         """
-        return self._device.kernel_times(self._vm)
+        with ExitStack() as stack:
+            if self.decode_graphs is not None:
+                stack.enter_context(self.decode_graphs.paused())
+            yield stack.enter_context(self._device.kernel_times(self._vm))
 
     def _forward(
         self, name: str, input_embed: Array, cache: PagedKVCache, **extra: np.ndarray
@@ -280,20 +287,30 @@ class CompiledPhi3:
                 name = f"{name}_with_adapters"
                 values |= {"adapter_slot": slots, "adapter_rank": ranks}
                 inputs = self.manifest.functions[name].inputs
-        return self._call(name, {s.name: values[s.name] for s in inputs}, cache.pages), cache
+        given = {s.name: values[s.name] for s in inputs}
+        if self.decode_graphs is None or "decode" not in name:
+            return self._call(name, given, cache.pages), cache
+        lasting = self._lasting(name, cache.pages)
+        return self.decode_graphs.run(
+            name, given, lasting, cache, lambda: self._call(name, given, cache.pages)
+        ), cache
 
     def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
         self._pool.use(self.threads)
         info = self.manifest.functions[name]
         given = ((spec.name, inputs[spec.name]) for spec in info.inputs)
-        args = [v if isinstance(v, Tensor) else self._device.input(name, v) for name, v in given]
-        if info.takes_pages:
-            args.append(pages)
+        args = [v if isinstance(v, Tensor) else self._device.input(n, v) for n, v in given]
+        return self._functions[name](*args, *self._lasting(name, pages))
+
+    def _lasting(self, name: str, pages) -> list:
+        """The arguments after the inputs: what stays where it is."""
+        info = self.manifest.functions[name]
+        lasting = [pages] if info.takes_pages else []
         if info.takes_adapters:
-            args.append(self.adapter_pools.tensors)
+            lasting.append(self.adapter_pools.tensors)
         if info.takes_parameters:
-            args.append(self._parameters)
-        return self._functions[name](*args)
+            lasting.append(self._parameters)
+        return lasting
 
     def _copy_slots(self, source: np.ndarray, target: np.ndarray, pages) -> None:
         self._call("copy_slots", {"source": source, "target": target}, pages)

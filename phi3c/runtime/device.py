@@ -7,15 +7,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
 from ..artifact import Artifact
 from ..cuda.driver import CudaDevice, free_bytes
 from ..cuda.driver import devices as cuda_devices
+from ..cuda.graph import DecodeGraphs
 from ..cuda.inputs import Inputs
 from ..cuda.library import load_runtime as load_cuda_runtime
 from ..cuda.upload import uploaded
@@ -58,6 +61,11 @@ class RunDevice(Protocol):
     def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
         """Times what `vm` runs inside; filled at the end."""
 
+    def decode_graphs(
+        self, library: tvm_ffi.Module, path: Path, most_blocks: int
+    ) -> DecodeGraphs | None:
+        """What makes a decode step one launch, for devices that can."""
+
 
 class HostCpu:
     """The CPU: parameters stay where they are mapped, tensors have any size."""
@@ -78,6 +86,9 @@ class HostCpu:
 
     def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
         return _call_times(vm)
+
+    def decode_graphs(self, library: tvm_ffi.Module, path: Path, most_blocks: int) -> None:
+        return None
 
 
 class VulkanGpu:
@@ -109,6 +120,9 @@ class VulkanGpu:
 
     def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
         return profiled(self._found.index)
+
+    def decode_graphs(self, library: tvm_ffi.Module, path: Path, most_blocks: int) -> None:
+        return None
 
 
 class TvmGpu:
@@ -143,6 +157,11 @@ class TvmGpu:
         with _call_times(vm, self.tvm.sync) as times:
             yield times
 
+    def decode_graphs(
+        self, library: tvm_ffi.Module, path: Path, most_blocks: int
+    ) -> DecodeGraphs | None:
+        return None
+
 
 class CudaGpu(TvmGpu):
     """An NVIDIA GPU: parameters are copied there through pinned memory, inputs into memory that
@@ -163,6 +182,11 @@ class CudaGpu(TvmGpu):
         available = free_bytes(self._found.index)
         if sum(parts.values()) > available:
             raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
+
+    def decode_graphs(
+        self, library: tvm_ffi.Module, path: Path, most_blocks: int
+    ) -> DecodeGraphs | None:
+        return DecodeGraphs(library, path, self.tvm, most_blocks)
 
 
 _LARGEST_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype

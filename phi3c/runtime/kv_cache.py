@@ -247,7 +247,7 @@ class PagedKVCache:
         table, size = self._table, self._table.page_size
         sequences = [a.sequence for a in appends]
         trees = [a.tree for a in appends]
-        blocks = [self._blocks(s.pages) for s in sequences]
+        blocks = [self._blocks(append) for append in appends]
         inputs = {
             "block_indptr": _indptr([len(b) for b in blocks]),
             "block_ids": np.concatenate(blocks),
@@ -268,9 +268,13 @@ class PagedKVCache:
         }
         return {name: np.asarray(value, np.int32) for name, value in inputs.items()}
 
-    def _blocks(self, pages: list[int]) -> np.ndarray:
-        first = np.asarray(pages, np.int32)[:, None] * self._blocks_per_page
-        return (first + np.arange(self._blocks_per_page, dtype=np.int32)).ravel()
+    def _blocks(self, append: Append) -> np.ndarray:
+        """Those that tokens fill: large pages may have more than a whole context takes."""
+        sequence = append.sequence
+        first = np.asarray(sequence.pages, np.int32)[:, None] * self._blocks_per_page
+        every = (first + np.arange(self._blocks_per_page, dtype=np.int32)).ravel()
+        tokens = sequence.base + append.tree.size - sequence.dropped * self._table.page_size
+        return every[: -(-tokens // self._block_tokens)]
 
     def _checked_slots(self, token_slot: Sequence[int] | None, n: int) -> np.ndarray | None:
         """None if all are −1. Raises InputError."""
