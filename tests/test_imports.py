@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "spirv": {"errors"},
     "metal": {"errors"},
     "device_code": {"cuda", "manifest", "metal", "spirv", "targets", "vulkan"},
-    "targets": {"cuda", "kernels", "errors"},
+    "targets": {"cuda", "kernels", "errors", "vulkan"},
     "linker": {"errors", "targets", "triple"},
     "link": {"artifact", "errors", "linker", "targets", "output_folder"},
     "weights": {"config", "errors", "quantization"},
