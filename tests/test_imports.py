@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "pipeline": {"passes"},
     "spirv": {"errors"},
     "metal": {"errors"},
-    "device_code": {"cuda", "manifest", "metal", "spirv", "targets", "vulkan"},
+    "device_code": {"cuda", "errors", "manifest", "metal", "spirv", "targets", "vulkan"},
     "targets": {"cuda", "kernels", "errors", "vulkan"},
     "linker": {"errors", "targets", "triple"},
     "link": {"artifact", "errors", "linker", "targets", "output_folder"},

@@ -1,6 +1,7 @@
 /* Stands in for libvulkan: forwards to the real one, and misbehaves as the environment says.
  *
- * SHIM_NO_DEVICES, SHIM_API_1_0, SHIM_NO_16BIT, SHIM_NO_PUSH (no VK_KHR_push_descriptor),
+ * SHIM_NO_DEVICES, SHIM_API_1_0, SHIM_NO_16BIT, SHIM_NO_NARROW (no arithmetic of 8 and 16 bits),
+ * SHIM_NO_PUSH (no VK_KHR_push_descriptor),
  * SHIM_DISCRETE (device memory that the host does not see, beside mapped memory),
  * SHIM_SMALL (small limits), SHIM_MEMORY=bytes (vkAllocateMemory fails beyond), SHIM_LOST=n
  * (vkQueueSubmit fails from the n-th on), SHIM_LOST_WAIT=n (vkWaitForFences does),
@@ -74,10 +75,16 @@ static void GetPhysicalDeviceProperties2(VkPhysicalDevice device,
 
 static void GetPhysicalDeviceFeatures2(VkPhysicalDevice device, VkPhysicalDeviceFeatures2* out) {
   real_GetPhysicalDeviceFeatures2(device, out);
+  if (on("SHIM_NO_NARROW")) out->features.shaderInt16 = 0;
   for (VkBaseOutStructure* part = out->pNext; part; part = part->pNext) {
     if (part->sType == VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_16BIT_STORAGE_FEATURES &&
         on("SHIM_NO_16BIT")) {
       ((VkPhysicalDevice16BitStorageFeatures*)part)->storageBuffer16BitAccess = 0;
+    }
+    if (part->sType == VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SHADER_FLOAT16_INT8_FEATURES &&
+        on("SHIM_NO_NARROW")) {
+      ((VkPhysicalDeviceShaderFloat16Int8Features*)part)->shaderFloat16 = 0;
+      ((VkPhysicalDeviceShaderFloat16Int8Features*)part)->shaderInt8 = 0;
     }
   }
 }

@@ -274,6 +274,9 @@ class Expressions:
     def _emit_Not(self, node) -> int:
         return self._logical(Op.LOGICAL_NOT, node, node.a)
 
+    def _emit_BitwiseNot(self, node) -> int:
+        return fitted(self.module, self._logical(Op.NOT, node, node.a), dtype_of(node))
+
     def _logical(self, op: Op, node, *operands) -> int:
         values = [self.expression(x) for x in operands]
         return self.module.value(op, self.type_of(dtype_of(node)), *values)
@@ -407,9 +410,6 @@ class Expressions:
     def _call_large_uint_imm(self, node, args) -> int:
         low, high = (int(arg.value) for arg in args)
         return self.module.constant(dtype_of(node), high << 32 | low)
-
-    def _call_bitwise_not(self, node, args) -> int:
-        return fitted(self.module, self._logical(Op.NOT, node, args[0]), dtype_of(node))
 
     def _call_likely(self, node, args) -> int:
         return self.expression(args[0])

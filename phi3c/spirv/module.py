@@ -19,7 +19,7 @@ from .opcodes import (
     Storage,
 )
 
-_DTYPE = re.compile(r"(float|int|uint|bool)(\d*)(?:x(\d+))?")
+_DTYPE = re.compile(r"(bool(?!\d)|float(?=\d\d)|u?int(?=\d))(8|16|32|64|)(?:x(\d+))?")
 _WIDTH = {("float", 64): Capability.FLOAT64, ("int", 64): Capability.INT64}
 
 
