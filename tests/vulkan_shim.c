@@ -3,7 +3,8 @@
  * SHIM_NO_DEVICES, SHIM_API_1_0, SHIM_NO_16BIT, SHIM_NO_NARROW (no arithmetic of 8 and 16 bits),
  * SHIM_NO_PUSH (no VK_KHR_push_descriptor),
  * SHIM_DISCRETE (device memory that the host does not see, beside mapped memory),
- * SHIM_SMALL (small limits), SHIM_MEMORY=bytes (vkAllocateMemory fails beyond), SHIM_LOST=n
+ * SHIM_SMALL (small limits), SHIM_FEW_WORKGROUPS (100 along x),
+ * SHIM_MEMORY=bytes (vkAllocateMemory fails beyond), SHIM_LOST=n
  * (vkQueueSubmit fails from the n-th on), SHIM_LOST_WAIT=n (vkWaitForFences does),
  * SHIM_WRONG (vkQueueSubmit is called wrongly: for the validation layer to see).
  */
@@ -54,6 +55,7 @@ static VkResult EnumerateDeviceExtensionProperties(VkPhysicalDevice device, cons
 
 static void change(VkPhysicalDeviceProperties* properties) {
   if (on("SHIM_API_1_0")) properties->apiVersion = 1u << 22;
+  if (on("SHIM_FEW_WORKGROUPS")) properties->limits.maxComputeWorkGroupCount[0] = 100;
   if (on("SHIM_SMALL")) {
     properties->limits.maxStorageBufferRange = 1 << 20;
     properties->limits.maxComputeWorkGroupCount[0] = 100;
