@@ -110,7 +110,7 @@ def _limits(
     for name, value, most in (
         ("max_batch_size", max_batch_size, 4096),
         ("context_length", context_length, longest),
-        ("prefill_chunk_size", prefill_chunk_size, 65536),
+        ("prefill_chunk_size", prefill_chunk_size, 65535),  # GPUs' workgroups along an axis
     ):
         if type(value) is not int or not 1 <= value <= most:
             raise ConfigError(f"{name}: found {value!r}; accepted: an integer from 1 to {most}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from . import metal
 from .cuda import codegen as cuda
 from .cuda.packing import pack_imports
+from .errors import TargetError
 from .manifest import DeviceNeeds
 from .spirv.codegen import collected, register
-from .spirv.kernel import POD_BYTES, Kernel
+from .spirv.kernel import Kernel
 from .targets import Target
 from .vulkan import load_runtime
 
@@ -65,14 +67,30 @@ def _cuda_needs(made: cuda.Collected) -> DeviceNeeds:
 
 
 def _vulkan_needs(kernels: Sequence[Kernel]) -> DeviceNeeds:
-    threads = [x * y * z for x, y, z in (kernel.workgroup for kernel in kernels)]
-    plain = [sum(dtype != "handle" for dtype in kernel.arguments) for kernel in kernels]
+    sizes = {kernel.subgroup_size for kernel in kernels} - {0}
+    if len(sizes) > 1:
+        raise TargetError(f"vulkan: found kernels for subgroups of {sorted(sizes)}; accepted: one")
+    operations = 0
+    for kernel in kernels:
+        operations |= kernel.subgroup_operations
     return DeviceNeeds(
         kernels=len(kernels),
-        threads=max(threads),
+        threads=max(math.prod(kernel.workgroup) for kernel in kernels),
         shared_bytes=max(kernel.shared_bytes for kernel in kernels),
-        argument_bytes=POD_BYTES * max(plain),
+        argument_bytes=max(kernel.argument_bytes for kernel in kernels),
+        features=tuple(sorted({feature for kernel in kernels for feature in kernel.features})),
+        storage_buffers=max(kernel.storage_buffers for kernel in kernels),
+        workgroup=_most(kernel.workgroup for kernel in kernels),
+        grid=_most(kernel.grid for kernel in kernels),
+        subgroup_size=max(sizes, default=0),
+        subgroup_operations=operations,
     )
+
+
+def _most(extents: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Along each axis."""
+    x, y, z = zip(*extents, strict=True)
+    return max(x), max(y), max(z)
 
 
 def _metal_needs(kernels: Sequence[metal.MetalKernel]) -> DeviceNeeds:

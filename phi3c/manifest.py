@@ -92,6 +92,11 @@ class DeviceNeeds:
 
     kernels: how many there are; threads: of a workgroup; shared_bytes: of its memory;
     argument_bytes: arguments that are no buffers; arch: the least, of CUDA.
+
+    Of Vulkan: features: those of VulkanDevice that must be there; storage_buffers: of a kernel;
+    workgroup: threads along each axis; grid: workgroups along each axis, where their number does
+    not depend on a call; subgroup_size, subgroup_operations: exactly, and Vulkan's flags; 0 where
+    no kernel relies on them.
     """
 
     kernels: int
@@ -99,6 +104,12 @@ class DeviceNeeds:
     shared_bytes: int
     argument_bytes: int = 0
     arch: str = ""
+    features: tuple[str, ...] = ()
+    storage_buffers: int = 0
+    workgroup: tuple[int, int, int] = (0, 0, 0)
+    grid: tuple[int, int, int] = (0, 0, 0)
+    subgroup_size: int = 0
+    subgroup_operations: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,10 +231,15 @@ _KINDS = {WeightsManifest.FORMAT: "weights converted by phi3c", Manifest.FORMAT:
 def _target(entry: dict[str, Any]) -> TargetInfo:
     needs = entry["needs"]
     known = {
-        "needs": None if needs is None else DeviceNeeds(**needs),
+        "needs": None if needs is None else _needs(needs),
         "cpu_flags": tuple(entry["cpu_flags"]),
     }
     return TargetInfo(**entry | known)
+
+
+def _needs(entry: dict[str, Any]) -> DeviceNeeds:
+    tuples = {name: tuple(entry[name]) for name in ("features", "workgroup", "grid")}
+    return DeviceNeeds(**entry | tuples)
 
 
 def _function(entry: dict[str, Any]) -> FunctionInfo:

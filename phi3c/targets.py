@@ -1,8 +1,10 @@
 """Target names → TVM targets and the kernels that fit them.
 
-`vulkan` is any GPU with Vulkan 1.1 and 16-bit storage, in a machine like this one. `cuda:<arch>` is
-an NVIDIA GPU of that architecture or a later one (`cuda:sm_90`); `cuda` is `cuda:sm_80`, and
-`cuda:native` the GPU that is here. `metal` is the GPU of any Mac with one of Apple's own chips.
+`vulkan` is any GPU with Vulkan 1.1 and what PORTABLE_VULKAN asks for, in a machine like this one,
+16-bit storage only for schemes with values of 16 bits; `vulkan:<index>` is this machine's device of
+that index with all that it has, and `vulkan:native` its first. `cuda:<arch>` is an NVIDIA GPU of
+that architecture or a later one (`cuda:sm_90`); `cuda` is `cuda:sm_80`, and `cuda:native` the GPU
+that is here. `metal` is the GPU of any Mac with one of Apple's own chips.
 `cpu` is this machine's CPU, `cpu:<mcpu>` another one of this architecture by LLVM's name
 (`cpu:znver3`, `cpu:x86-64-v3`), `cpu:<mcpu>:<triple>` one of any machine
 (`cpu:neoverse-n1:aarch64-linux-gnu`, `cpu:apple-m1:arm64-apple-darwin`).
@@ -33,7 +35,9 @@ from .kernels.cpu.isa import (
 )
 from .kernels.family import Kernels
 from .kernels.gpu import GpuKernels
-from .kernels.gpu.limits import CUDA
+from .kernels.gpu.limits import CUDA, GpuLimits
+from .vulkan import VulkanDevice
+from .vulkan import devices as vulkan_devices
 
 # LLVM feature → the flag that Linux reports for it. An artifact lists those that its code may use,
 # so that a CPU without them is refused at load instead of dying on an illegal instruction.
@@ -85,7 +89,10 @@ _AARCH64_FLAGS = {
     "sve2p1": "sve2p1",
 }
 
-_FORMS = "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, cuda, cuda:<arch>, cuda:native, metal, vulkan"
+_FORMS = (
+    "cpu, cpu:<mcpu>, cpu:<mcpu>:<triple>, cuda, cuda:<arch>, cuda:native, metal, vulkan, "
+    "vulkan:native, vulkan:<index>"
+)
 # Turing has the instructions too, but float16 at a lower rate than anybody measured here.
 _CUDA_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 # The systems that TVM's runtime is built for; LLVM would end the process on some other names.
@@ -113,11 +120,11 @@ class Target:
 
 def parse_target(name: str) -> Target:
     """A name in one of the forms above → Target. Raises TargetError naming what is accepted."""
-    if name == "vulkan":
-        return _vulkan()
     if name == "metal":
         return _metal()
     kind, *parts = name.split(":")
+    if kind == "vulkan" and len(parts) < 2:
+        return _vulkan(name, *parts)
     if kind == "cuda" and len(parts) < 2:
         return _cuda(name, parts[0] if parts else _CUDA_ARCHS[0])
     if kind != "cpu" or len(parts) > 2 or not all(parts):
@@ -175,20 +182,70 @@ def _native_arch(name: str) -> str:
     return fitting[-1] if fitting else found[0].arch
 
 
-def _vulkan() -> Target:
+# What `vulkan` grants, as attributes of TVM's target: GpuLimits', and what no desktop's or phone's
+# GPU is known to lack; 128 bytes of push constants are the least that Vulkan allows.
+PORTABLE_VULKAN = {
+    "max_num_threads": GpuLimits.threads,
+    "max_threads_per_block": GpuLimits.threads,
+    "max_block_size_x": GpuLimits.threads,
+    "max_block_size_y": GpuLimits.threads,
+    "max_block_size_z": 64,
+    "max_shared_memory_per_block": GpuLimits.shared_bytes,
+    "max_push_constants_size": 128,
+    "max_per_stage_descriptor_storage_buffer": 16,
+    "supports_16bit_buffer": True,
+}
+
+
+def _vulkan(name: str, which: str | None = None) -> Target:
+    """which: of this machine's devices; None: a portable one.
+
+    thread_warp_size stays 1: the width of a subgroup may vary within a kernel.
+    """
+    granted = PORTABLE_VULKAN if which is None else _granted(_vulkan_device(name, which))
     host, kernels = _gpu_host(), GpuKernels("float32")
-    target = tvm.target.Target(
-        {
-            "kind": "vulkan",
-            "host": host,
-            "max_num_threads": kernels.limits.threads,
-            "max_threads_per_block": kernels.limits.threads,
-            "max_shared_memory_per_block": kernels.limits.shared_bytes,
-            "supports_float16": True,
-            "supports_16bit_buffer": True,
-        }
-    )
-    return Target("vulkan", "vulkan", target, kernels, host["mcpu"], host["mtriple"], ())
+    target = tvm.target.Target({"kind": "vulkan", "host": host, **granted})
+    return Target(name, "vulkan", target, kernels, host["mcpu"], host["mtriple"], ())
+
+
+def _vulkan_device(name: str, which: str) -> VulkanDevice:
+    if which != "native" and not re.fullmatch(r"[0-9]{1,4}", which):
+        raise TargetError(f"target: found {name!r}; accepted: {_FORMS}")
+    try:
+        found = vulkan_devices()
+    except DeviceError as error:
+        raise TargetError(f"target: found {name!r}, but no device: {error}") from None
+    index = 0 if which == "native" else int(which)
+    if index >= len(found):
+        there = ", ".join(map(str, found)) or "none, as no driver is installed"
+        raise TargetError(f"target: found {name!r}; accepted: a device that is there: {there}")
+    return found[index]
+
+
+def _granted(device: VulkanDevice) -> dict[str, bool | int]:
+    """All that the device has, as attributes of TVM's target."""
+    x, y, z = device.max_workgroup_size
+    major, minor, patch = device.api_version
+    return {
+        "supports_float16": device.shader_float16,
+        "supports_float64": device.shader_float64,
+        "supports_int8": device.shader_int8,
+        "supports_int16": device.shader_int16,
+        "supports_int64": device.shader_int64,
+        "supports_8bit_buffer": device.storage_buffer_8bit,
+        "supports_16bit_buffer": device.storage_buffer_16bit,
+        "max_num_threads": device.max_workgroup_invocations,
+        "max_threads_per_block": device.max_workgroup_invocations,
+        "max_block_size_x": x,
+        "max_block_size_y": y,
+        "max_block_size_z": z,
+        "max_shared_memory_per_block": device.max_shared_memory,
+        "max_push_constants_size": device.max_push_constants,
+        "max_storage_buffer_range": device.max_storage_buffer_range,
+        "max_per_stage_descriptor_storage_buffer": device.max_storage_buffers,
+        "supported_subgroup_operations": device.subgroup_operations,
+        "vulkan_api_version": major << 22 | minor << 12 | patch,
+    }
 
 
 def _metal() -> Target:

@@ -7,6 +7,7 @@ import subprocess
 
 import tvm
 from tvm import tirx
+from vulkan_device import found_device
 
 from phi3c.kernels.root import hand_scheduled
 from phi3c.pipeline import kernel_lowering
@@ -17,9 +18,9 @@ from phi3c.targets import parse_target
 VALIDATOR = shutil.which("spirv-val")
 
 
-def lowered(function: tirx.PrimFunc) -> tvm.IRModule:
-    """The device functions that TVM's passes make of a kernel."""
-    target = parse_target("vulkan").tvm_target
+def lowered(function: tirx.PrimFunc, target: tvm.target.Target | None = None) -> tvm.IRModule:
+    """The device functions that TVM's passes make of a kernel; None: for a portable device."""
+    target = target or parse_target("vulkan").tvm_target
     function = hand_scheduled(function).with_attr("global_symbol", "main")
     module = tvm.IRModule({"main": function})
     module = tirx.transform.BindTarget(target)(module)
@@ -31,8 +32,10 @@ def lowered(function: tirx.PrimFunc) -> tvm.IRModule:
 
 
 def emitted(function: tirx.PrimFunc) -> list[Kernel]:
-    """Its kernels, all of them valid. Raises TargetError."""
-    kernels = emit(lowered(function))
+    """Its kernels for the device that is here or a portable one, all of them valid. Raises
+    TargetError."""
+    here = parse_target("vulkan:native").tvm_target if found_device() else None
+    kernels = emit(lowered(function, here))
     for kernel in kernels:
         validate(kernel)
     return kernels

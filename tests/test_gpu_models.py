@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import build
 from cuda_device import needs_gpu
-from vulkan_device import needs_device
+from vulkan_device import needs_device, validated
 
 import phi3c
 from phi3c.engine.engine import Engine
@@ -205,6 +205,7 @@ def test_two_layers_of_phi3_mini(gpu, tmp_path):
 
 
 @needs_device
+@validated
 def test_no_message_of_the_validation_layer(toy, tmp_path):
     """A prompt, decoding and an adapter under Khronos' layer, which prints what it finds wrong."""
     program = (
@@ -220,6 +221,7 @@ def test_no_message_of_the_validation_layer(toy, tmp_path):
         "asked = [Request([{'role': 'user', 'content': 'reverse hello'}], params, adapter=a)\n"
         "         for a in (None, 'rotate')]\n"
         "print([h.outputs[0].text for h in engine.generate(asked)])\n"
+        "print('looks on:', 'VkLayer_khronos_validation' in open('/proc/self/maps').read())\n"
     )
     folder = toy("vulkan", "q0f32", max_loras=2, max_rank=32)
     environment = os.environ | {"VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation"}
@@ -231,7 +233,7 @@ def test_no_message_of_the_validation_layer(toy, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "olleh" in done.stdout
+    assert "olleh" in done.stdout and "looks on: True" in done.stdout
     messages = done.stdout + done.stderr
     assert "VUID" not in messages and "alidation" not in messages, messages
 

@@ -7,19 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from spirv import VALIDATOR, emitted, lowered
+import tvm
+from spirv import VALIDATOR, emitted, lowered, validate
+from tvm import tirx
 from tvm.script import tirx as T
 from vulkan_device import needs_device, run
 
 import phi3c
+from phi3c.adapters.layout import AdapterLayout
+from phi3c.compiler import compile_library
+from phi3c.config import Phi3Config
 from phi3c.errors import TargetError
+from phi3c.manifest import Limits
+from phi3c.quantization.scheme import SCHEMES, parse_scheme
 from phi3c.spirv import codegen
-from phi3c.spirv.codegen import emit, module_bytes
-from phi3c.spirv.module import DType, Module, text
+from phi3c.spirv.codegen import collected, emit, module_bytes
+from phi3c.spirv.module import DType, EmitError, Module, text
+from phi3c.spirv.statements import Statements
+from phi3c.targets import PORTABLE_VULKAN, parse_target
 from phi3c.vulkan import devices
 
 needs_validator = pytest.mark.skipif(VALIDATOR is None, reason="no spirv-val (spirv-tools)")
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 N = 70  # more than one workgroup, and the last one is not full
 THREADS = 32
 
@@ -357,7 +367,9 @@ def test_constants_keep_their_bits():
     for dtype, value in (("float32", float("inf")), ("int32", -1), ("uint32", 2**32 - 1)):
         first = module.constant(DType.parse(dtype), value)
         assert module.constant(DType.parse(dtype), value) == first  # made once
-    assert module.constant(DType.parse("int8"), -1) != module.constant(DType.parse("int32"), -1)
+    assert module.constant(DType.parse("int8"), 255) == module.constant(DType.parse("int32"), -1)
+    third = module.constant(DType.parse("float32"), float(np.float16(1 / 3)))
+    assert module.constant(DType.parse("float16"), 1 / 3) == third
     assert text("abc") == [0x00636261] and text("abcd") == [0x64636261, 0]
 
 
@@ -381,7 +393,7 @@ def test_the_error_goes_through_tvm(monkeypatch, tmp_path):
         raise TargetError("vulkan: the kernel f: no SPIR-V for it")
 
     monkeypatch.setattr(codegen, "emit_kernel", refuse)
-    config = Path(__file__).parent.parent / "configs" / "tiny.json"
+    config = CONFIGS / "tiny.json"
     with pytest.raises(TargetError, match="vulkan: the kernel f: no SPIR-V for it"):
         phi3c.compile(config, "vulkan", "q0f16", tmp_path / "made")
     assert not (tmp_path / "made").exists()
@@ -432,5 +444,254 @@ def test_module_bytes_are_tvms_format():
 
 
 def test_an_unknown_dtype_is_named():
-    with pytest.raises(ValueError, match="the dtype float8_e4m3"):
+    with pytest.raises(EmitError, match="the dtype float8_e4m3"):
         DType.parse("float8_e4m3")
+    refused(elementwise(lambda i, A: A[i], ["int4"], "int4"), "no SPIR-V for the dtype int4")
+
+
+def refused(function, message: str, target=None) -> None:
+    with pytest.raises(TargetError, match=f"the kernel main_kernel: {message}"):
+        emit(lowered(function, target))
+
+
+def test_a_scalar_argument_below_32_bits_is_named():
+    @T.prim_func(s_tir=True)
+    def function(a: T.handle, shift: T.int16):
+        A = T.match_buffer(a, (N,), "int32")
+        for _ in T.thread_binding(1, thread="blockIdx.x"):
+            for t in T.thread_binding(N, thread="threadIdx.x"):
+                A[t] = A[t] + T.Cast("int32", shift)
+
+    refused(function, "no SPIR-V for the argument shift, a int16, not of 32 or 64 bits")
+
+
+def test_a_long_vector_is_named():
+    @T.prim_func(s_tir=True)
+    def function(a: T.handle, o: T.handle):
+        A = T.match_buffer(a, (64,), "float32")
+        Out = T.match_buffer(o, (64,), "float32")
+        for b in T.thread_binding(8, thread="blockIdx.x"):
+            for _ in T.thread_binding(1, thread="threadIdx.x"):
+                for v in T.vectorized(8):
+                    Out[b * 8 + v] = A[b * 8 + v] + T.float32(1)
+
+    refused(function, "no SPIR-V for a .* of 8 lanes, more than 4")
+
+
+@pytest.mark.parametrize("name", ["exp", "log2", "tanh", "sin", "pow"])
+def test_functions_of_64_bits_that_glsl_lacks_are_named(name):
+    def value(i, A):
+        call = getattr(T, name)
+        return call(A[i], A[i]) if name == "pow" else call(A[i])
+
+    function = elementwise(value, ["float64"], "float64")
+    refused(function, f"no SPIR-V for .*{name}")
+
+
+def test_bits_of_narrow_values_are_named():
+    function = elementwise(lambda i, A: T.reinterpret("int16", A[i]), ["float16"], "int16")
+    refused(function, "no SPIR-V for the bits of float16 as int16")
+
+
+def test_a_variable_that_nothing_binds_is_named():
+    with pytest.raises(EmitError, match="the variable x, which is not bound"):
+        Statements().expression(tirx.Var("x", "int32"))
+
+
+def test_volatile_memory_is_for_warps_of_one_thread():
+    nothing = tirx.Evaluate(tirx.IntImm("int32", 0))
+    volatile = tirx.AttrStmt(tirx.Var("S", "handle"), "tirx.volatile", 1, nothing)
+    Statements().statement(volatile)
+    with pytest.raises(EmitError, match="volatile memory, for warps of 32 threads"):
+        Statements(warp_size=32).statement(volatile)
+
+
+def shuffled(dtype: str, width: int):
+    @T.prim_func(s_tir=True)
+    def function(a: T.handle, o: T.handle):
+        A = T.match_buffer(a, (32,), dtype)
+        Out = T.match_buffer(o, (32,), dtype)
+        for _ in T.thread_binding(1, thread="blockIdx.x"):
+            for t in T.thread_binding(32, thread="threadIdx.x"):
+                Out[t] = T.tvm_warp_shuffle(T.tvm_warp_activemask(), A[t], 1, width, width)
+
+    return function
+
+
+def with_subgroups(**attributes) -> tvm.target.Target:
+    """The portable target, and subgroups."""
+    granted = PORTABLE_VULKAN | {"supported_subgroup_operations": 1 | 16} | attributes
+    return tvm.target.Target({"kind": "vulkan", "host": "llvm", **granted})
+
+
+def test_a_shuffle_needs_a_subgroup_of_its_width():
+    (kernel,) = emit(lowered(shuffled("float32", 32), with_subgroups()))
+    assert (kernel.subgroup_size, kernel.subgroup_operations) == (32, 1 | 16)
+    (kernel,) = emit(lowered(elementwise(lambda i, A: A[i], ["float32"], "float32")))
+    assert (kernel.subgroup_size, kernel.subgroup_operations) == (0, 0)
+    for dtype in ("float16", "int64"):
+        target = with_subgroups(supports_int64=True)
+        refused(shuffled(dtype, 32), f"no SPIR-V for tvm_warp_shuffle of {dtype}, not of", target)
+    refused(shuffled("float32", 32), "found subgroup operations 17; .* lacks 17 .--target vulkan:n")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "granted", "message"),
+    [
+        ("int8", {}, "found storage_buffer_8bit; .* lacks supports_8bit_buffer"),
+        ("int64", {}, "found shader_int64; .* lacks supports_int64"),
+        ("float64", {}, "found shader_float64; .* lacks supports_float64"),
+        ("float16", {"supports_16bit_buffer": False}, "found storage_buffer_16bit; "),
+        ("float32", {"max_threads_per_block": 31}, "found 32 threads in a workgroup; accepted: 31"),
+        ("float32", {"max_block_size_x": 31}, "found 32 threads in x; accepted: 31, the target's"),
+        ("float32", {"max_per_stage_descriptor_storage_buffer": 1}, "found 2 storage buffers; "),
+    ],
+)
+def test_what_the_target_does_not_grant_is_refused(dtype, granted, message):
+    function = elementwise(lambda i, A: A[i], [dtype], dtype)
+    refused(function, message, with_subgroups(**granted))
+
+
+# Values of 8 and 16 bits
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int16", "uint16", "int8", "uint8"])
+def test_narrow_values_are_of_memory_alone(dtype):
+    """No arithmetic of their width, in storage buffers, shared memory or registers."""
+
+    @T.prim_func(s_tir=True)
+    def function(a: T.handle, o: T.handle):
+        A = T.match_buffer(a, (32,), dtype)
+        Out = T.match_buffer(o, (32,), dtype)
+        for _ in T.thread_binding(1, thread="blockIdx.x"):
+            for t in T.thread_binding(32, thread="threadIdx.x"):
+                S = T.alloc_buffer((32,), dtype, scope="shared")
+                L = T.alloc_buffer((1,), dtype, scope="local")
+                S[t] = A[t] + A[t]
+                L[0] = S[31 - t] * S[t]
+                Out[t] = T.max(L[0], A[t])
+
+    (kernel,) = emit(lowered(function, with_subgroups(supports_8bit_buffer=True)))
+    validate(kernel)
+    width = "16" if dtype.endswith("16") else "8"
+    assert kernel.features == (f"storage_buffer_{width}bit",)
+    assert kernel.shared_bytes == 4 * 32  # 32 bits each
+
+
+def halves() -> np.ndarray:
+    """Where rounding to float16 can go wrong: ties, steps at powers of two, the ends of the
+    range, and as many others."""
+    exact = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    exact = np.concatenate([exact[:200], exact[1000:1100], exact[::97], exact[-200:]])
+    next_one = np.float32(np.inf)
+    ties = (exact[:-1] + exact[1:]) / 2
+    found = [exact, ties, np.nextafter(ties, next_one), np.nextafter(ties, -next_one)]
+    found.append(np.float32([65519, 65520, 65536, 1e30, np.inf, 2.0**-25, 2.9e-8, 1e-30]))
+    found.append(np.random.default_rng(0).standard_normal(1000).astype(np.float32))
+    whole = np.concatenate(found)
+    return np.concatenate([whole, -whole, [np.nan]]).astype(np.float32)
+
+
+@needs_device
+@pytest.mark.parametrize("how", ["stored", "kept", "vector"])
+def test_float16_is_rounded_to_the_nearest_even(how):
+    """By a store's conversion, and of values that stay in registers."""
+    a = halves()
+    a = np.concatenate([a, np.zeros(-len(a) % 64, np.float32)])
+    count, dtype = len(a), "float32" if how == "kept" else "float16"
+
+    @T.prim_func(s_tir=True)
+    def one(x: T.handle, o: T.handle):
+        A = T.match_buffer(x, (count,), "float32")
+        Out = T.match_buffer(o, (count,), dtype)
+        for b in T.thread_binding(count // 64, thread="blockIdx.x"):
+            for t in T.thread_binding(64, thread="threadIdx.x"):
+                Out[b * 64 + t] = T.Cast(dtype, T.Cast("float16", A[b * 64 + t]))
+
+    @T.prim_func(s_tir=True)
+    def four(x: T.handle, o: T.handle):
+        A = T.match_buffer(x, (count,), "float32")
+        Out = T.match_buffer(o, (count,), "float16")
+        for b in T.thread_binding(count // 4, thread="blockIdx.x"):
+            for _ in T.thread_binding(1, thread="threadIdx.x"):
+                for v in T.vectorized(4):
+                    Out[b * 4 + v] = T.Cast("float16", A[b * 4 + v])
+
+    function = four if how == "vector" else one
+    emitted(function)
+    with np.errstate(over="ignore"):
+        expected = a.astype(np.float16)
+    found = run(function, [a], (count,), dtype)
+    np.testing.assert_array_equal(found, expected.astype(dtype))
+
+
+def test_a_conversion_that_is_stored_asks_for_the_nearest_even():
+    (kernel,) = emit(
+        lowered(elementwise(lambda i, A: T.Cast("float16", A[i]), ["float32"], "float16"))
+    )
+    words = struct.unpack(f"<{len(kernel.spirv) // 4}I", kernel.spirv)
+    decorated = [
+        words[i + 1]
+        for i in range(len(words) - 3)
+        if words[i] == 4 << 16 | 71 and words[i + 2 : i + 4] == (39, 0)
+    ]
+    assert len(decorated) == 1
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+def test_narrow_integers_wrap(dtype):
+    info = np.iinfo(dtype)
+    a, b = (np.random.default_rng(s).integers(info.min, info.max, N, dtype) for s in (1, 2))
+    b[b == 0] = 3
+    wide_a, wide_b, shift = a.astype(np.int64), b.astype(np.int64), (b & 7).astype(dtype)
+    cases = {
+        "add": (lambda i, A, B: A[i] + B[i], b, wide_a + wide_b),
+        "subtract": (lambda i, A, B: A[i] - B[i], b, wide_a - wide_b),
+        "multiply": (lambda i, A, B: A[i] * B[i], b, wide_a * wide_b),
+        "left": (lambda i, A, B: T.shift_left(A[i], B[i]), shift, wide_a << shift),
+        "right": (lambda i, A, B: T.shift_right(A[i], B[i]), shift, wide_a >> shift),
+        "not": (lambda i, A, B: T.bitwise_not(A[i]) ^ B[i], b, ~wide_a ^ wide_b),
+        "less": (lambda i, A, B: T.Cast(dtype, A[i] + B[i] < B[i]), b, (a + b < b)),
+    }
+    for value, second, expected in cases.values():
+        function = elementwise(value, [dtype, dtype], dtype)
+        check(function, [a, second], dtype, expected.astype(dtype))
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64"])
+def test_the_remainder_of_negative_numbers(dtype):
+    a, b = (np.random.default_rng(s).integers(-100, 100, N, dtype) for s in (1, 2))
+    b[b == 0] = -7
+    function = elementwise(lambda i, A, B: T.truncmod(A[i], B[i]), [dtype, dtype], dtype)
+    check(function, [a, b], dtype, np.fmod(a, b))
+
+
+# A model
+
+
+@pytest.mark.parametrize("name", [one.name for one in SCHEMES if ":" not in one.name])
+def test_every_kernel_of_a_model_is_valid(name, tmp_path, valid):
+    """With adapters. The device needs 16-bit storage where values have 16 bits, nothing else."""
+    config = Phi3Config.from_file(CONFIGS / "tiny.json")
+    scheme = parse_scheme(name)
+    layout = AdapterLayout.of(config, 2, 16, scheme.kv_dtype)
+    path, limits = tmp_path / "model.tar", Limits(2, 64, 16)
+    with collected() as kernels:
+        library = compile_library(config, scheme, parse_target("vulkan"), limits, path, layout)
+    for kernel in kernels:
+        if kernel.spirv not in valid:
+            validate(kernel)
+            valid.add(kernel.spirv)
+    needs = library.needs
+    assert needs.features == (("storage_buffer_16bit",) if "f16" in name else ())
+    assert needs.kernels == len(kernels) > 30 and max(needs.grid) < 65536
+    assert needs.workgroup == (256, 16, 1) and needs.storage_buffers == 12
+    assert (needs.subgroup_size, needs.subgroup_operations) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def valid() -> set[bytes]:
+    """Code that spirv-val has seen."""
+    return set()

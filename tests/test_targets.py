@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tvm.target import codegen
 
 import phi3c
-from phi3c.errors import TargetError
+import phi3c.readiness as readiness_module
+from phi3c import targets
+from phi3c.describe import render_readiness
+from phi3c.errors import ConfigError, DeviceError, TargetError
 from phi3c.kernels.cpu.isa import (
     AVX2,
     AVX512,
@@ -22,8 +27,9 @@ from phi3c.kernels.cpu.isa import (
 )
 from phi3c.linker import find_linker
 from phi3c.runtime.host import _linux_cpu_flags
-from phi3c.targets import parse_target
+from phi3c.targets import PORTABLE_VULKAN, parse_target
 from phi3c.triple import architecture, runs_here
+from phi3c.vulkan import VulkanDevice
 
 on_x86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="CPU names of x86"
@@ -285,3 +291,138 @@ def test_a_library_for_macos_is_linked_by_clang(programs, tmp_path, monkeypatch)
 def test_compile_finds_the_linker_before_it_reads_anything(programs, tmp_path):
     with pytest.raises(TargetError, match=f"needs a compiler for {FOREIGN}"):
         phi3c.compile("no/such/checkpoint", f"cpu:generic:{FOREIGN}", output=tmp_path / "out")
+
+
+# Vulkan
+
+
+def test_vulkan_is_the_same_on_every_machine(monkeypatch):
+    expected = parse_target("vulkan").tvm_target
+    monkeypatch.setattr(targets, "vulkan_devices", lambda: pytest.fail("asked for devices"))
+    assert str(parse_target("vulkan").tvm_target) == str(expected)
+    assert {name: expected.attrs[name] for name in PORTABLE_VULKAN} == PORTABLE_VULKAN
+    assert "supports_int64" not in expected.attrs and "supports_float16" not in expected.attrs
+
+
+DEVICE = VulkanDevice(
+    index=0,
+    name="some GPU",
+    driver="some driver 1.2",
+    api_version=(1, 3, 230),
+    kind="discrete",
+    shader_int8=True,
+    shader_int16=False,
+    shader_int64=True,
+    shader_float16=True,
+    shader_float64=False,
+    storage_buffer_8bit=True,
+    storage_buffer_16bit=True,
+    push_descriptors=True,
+    timestamps=True,
+    subgroup_size=64,
+    subgroup_operations=0xFF,
+    max_storage_buffer_range=2**32 - 1,
+    max_allocation=2**31,
+    max_storage_buffers=2**20,
+    max_shared_memory=65536,
+    max_workgroup_invocations=1024,
+    max_workgroup_size=(1024, 512, 64),
+    max_workgroup_count=(2**31 - 1, 65535, 65535),
+    max_push_constants=256,
+    memory_bytes=2**34,
+)
+
+
+def test_a_vulkan_device_grants_what_it_has(monkeypatch):
+    poor = replace(DEVICE, index=1, storage_buffer_16bit=False, max_workgroup_invocations=128)
+    monkeypatch.setattr(targets, "vulkan_devices", lambda: [DEVICE, poor])
+    native = parse_target("vulkan:native")
+    assert (native.name, native.device) == ("vulkan:native", "vulkan")
+    portable = parse_target("vulkan")
+    assert (native.kernels, native.mcpu) == (portable.kernels, portable.mcpu)
+    attributes = native.tvm_target.attrs
+    names = ("int8", "int16", "int64", "float16", "float64", "8bit_buffer", "16bit_buffer")
+    granted = [bool(attributes[f"supports_{name}"]) for name in names]
+    assert granted == [True, False, True, True, False, True, True]
+    sizes = {
+        "max_num_threads": 1024,
+        "max_threads_per_block": 1024,
+        "max_block_size_x": 1024,
+        "max_block_size_y": 512,
+        "max_block_size_z": 64,
+        "max_shared_memory_per_block": 65536,
+        "max_push_constants_size": 256,
+        "max_storage_buffer_range": 2**32 - 1,
+        "max_per_stage_descriptor_storage_buffer": 2**20,
+        "supported_subgroup_operations": 0xFF,
+        "vulkan_api_version": 1 << 22 | 3 << 12 | 230,
+        "thread_warp_size": 1,  # TVM's; not the subgroup's
+    }
+    assert {name: int(attributes[name]) for name in sizes} == sizes
+    first, second = parse_target("vulkan:0"), parse_target("vulkan:1")
+    assert str(first.tvm_target) == str(native.tvm_target)
+    assert not second.tvm_target.attrs["supports_16bit_buffer"]
+    for name in ("vulkan:2", "vulkan:99"):
+        with pytest.raises(
+            TargetError, match=f"'{name}'; accepted: a device .*: vulkan:0 .some GP"
+        ):
+            parse_target(name)
+    for name in ("vulkan:", "vulkan:x", "vulkan:-1", "vulkan:0:1", "vulkan:native:x"):
+        with pytest.raises(TargetError, match=f"target: found '{name}'; accepted: .*vulkan:native"):
+            parse_target(name)
+
+
+def test_a_device_that_cannot_run_the_kernels_is_refused_at_compile_time(monkeypatch, tmp_path):
+    config = Path(__file__).parent.parent / "configs" / "tiny.json"
+    for change, scheme, message in (
+        ({"storage_buffer_16bit": False}, "q0f16", "kernel .*: found storage_buffer_16bit; accept"),
+        ({"max_workgroup_invocations": 128}, "q0f32", "kernel .*: found 256 threads in a workgro"),
+        ({"max_shared_memory": 1024}, "q0f32", "kernel .*: found .* bytes of shared memory; acce"),
+    ):
+        device = replace(DEVICE, **change)
+        monkeypatch.setattr(targets, "vulkan_devices", lambda device=device: [device])
+        with pytest.raises(TargetError, match=message):
+            phi3c.compile(config, "vulkan:native", scheme, tmp_path / "made")
+        assert not (tmp_path / "made").exists()
+
+
+def test_no_vulkan_device_is_named(monkeypatch):
+    monkeypatch.setattr(targets, "vulkan_devices", list)
+    with pytest.raises(
+        TargetError, match="'vulkan:native'; accepted: .* none, as no driver is ins"
+    ):
+        parse_target("vulkan:native")
+
+    def none():
+        raise DeviceError("vulkan: found no Vulkan loader")
+
+    monkeypatch.setattr(targets, "vulkan_devices", none)
+    with pytest.raises(
+        TargetError, match="'vulkan:0', but no device: vulkan: found no Vulkan load"
+    ):
+        parse_target("vulkan:0")
+
+
+def test_readiness_lists_the_vulkan_devices(monkeypatch):
+    def vulkan() -> readiness_module.Readiness:
+        (found,) = (one for one in readiness_module.readiness() if one.target == "vulkan")
+        return found
+
+    monkeypatch.setattr(readiness_module, "load_runtime", lambda: None)
+    monkeypatch.setattr(readiness_module, "tvm_has_vulkan", lambda: False)
+    monkeypatch.setattr(readiness_module, "devices", lambda: [DEVICE, replace(DEVICE, index=1)])
+    found = vulkan()
+    assert found.lowers and found.missing == ()
+    named = "(some GPU, driver some driver 1.2)"
+    assert found.devices == (f"vulkan:0 {named}", f"vulkan:1 {named}")
+    assert f"         vulkan:1 {named}" in render_readiness([found]).splitlines()
+    monkeypatch.setattr(readiness_module, "devices", list)
+    found = vulkan()
+    assert found.devices == () and "vulkan: found no device" in found.missing[0]
+
+
+@pytest.mark.parametrize("value", [0, 65536])
+def test_rows_fit_on_an_axis_of_workgroups(tmp_path, value):
+    config = Path(__file__).parent.parent / "configs" / "tiny.json"
+    with pytest.raises(ConfigError, match="prefill_chunk_size: found .*integer from 1 to 65535"):
+        phi3c.compile(config, "vulkan", output=tmp_path / "made", prefill_chunk_size=value)

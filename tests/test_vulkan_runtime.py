@@ -22,7 +22,8 @@ import tvm
 import vulkan_kernels as kernels
 import vulkan_workout as workout
 from tvm.script import tirx as T
-from vulkan_cases import Cases
+from vulkan_cases import Cases, built_shim
+from vulkan_device import validated
 from vulkan_kernels import ADD, ALL, CHAIN, CONSTANTS, GRID, module_bytes
 
 from phi3c.errors import ArtifactError, DeviceError
@@ -81,11 +82,7 @@ def cases(library_cache, vulkan):
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("shim") / "libvulkan_shim.so"
-    source, header = TESTS / "vulkan_shim.c", build_module._header_folder()
-    flags = ["-shared", "-fPIC", "-O1", f"-I{header}"]
-    subprocess.run(["gcc", *flags, str(source), "-o", str(path)], check=True)
-    return path
+    return built_shim(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +153,39 @@ def test_an_unknown_device_is_refused():
 
 def test_a_device_that_suffices_is_accepted():
     device = devices()[0]
-    check_device(replace(device, storage_buffer_16bit=True), storage_buffer_range=1 << 20)
+    check_device(device, storage_buffer_range=1 << 20, subgroup_size=device.subgroup_size)
+    check_device(replace(device, storage_buffer_16bit=False, shader_float16=False))
 
 
 @pytest.mark.parametrize(
     ("change", "needs", "message"),
     [
-        ({"storage_buffer_16bit": False}, {}, "has no 16-bit storage"),
+        (
+            {"storage_buffer_16bit": False},
+            {"features": ["storage_buffer_16bit"]},
+            "has no 16-bit storage .storageBuffer16BitAccess., which kernels need",
+        ),
+        ({"shader_int64": False}, {"features": ["shader_int64"]}, "has no 64-bit integers"),
+        (
+            {"max_workgroup_count": (99, 65535, 65535)},
+            {"workgroup_count": (100, 1, 1)},
+            r"need \(100, 1, 1\) workgroups; it accepts \(99, 65535, 65535\)",
+        ),
+        (
+            {"max_storage_buffers": 4},
+            {"storage_buffers": 5},
+            "need 5 storage buffers; it accepts 4",
+        ),
+        (
+            {"subgroup_size": 64},
+            {"subgroup_size": 32},
+            "need subgroups of 32 threads; it has 64",
+        ),
+        (
+            {"subgroup_operations": 1},
+            {"subgroup_operations": 1 | 16},
+            "need subgroup operations 17 .*; it lacks 16",
+        ),
         ({"api_version": (1, 0, 9)}, {}, "knows Vulkan 1.0.9; needed: 1.1 or later"),
         (
             {"max_storage_buffer_range": 1000},
@@ -189,7 +212,7 @@ def test_a_device_that_suffices_is_accepted():
     ],
 )
 def test_a_device_that_does_not_suffice_is_refused(change, needs, message):
-    device = replace(devices()[0], storage_buffer_16bit=True)
+    device = devices()[0]
     with pytest.raises(DeviceError, match=message):
         check_device(replace(device, **change), **needs)
 
@@ -647,7 +670,7 @@ def test_a_device_without_16_bit_storage(case, shim):
     case(
         """
         with pytest.raises(DeviceError, match="has no 16-bit storage"):
-            check_device(devices()[0])
+            check_device(devices()[0], features=["storage_buffer_16bit"])
         with pytest.raises(DeviceError, match="kernel halves: needs storageBuffer16BitAccess, "):
             module_from_bytes(data)["halves"](workout.upload(np.zeros(64, np.float16)), 1, 64)
         """,
@@ -845,18 +868,6 @@ def test_a_pipeline_cache_that_cannot_be_written_is_no_error(case, tmp_path):
 
 
 # Tools that look on
-
-
-def has_validation() -> bool:
-    return any(
-        (Path(folder) / "vulkan/explicit_layer.d/VkLayer_khronos_validation.json").exists()
-        for folder in ("/usr/share", "/usr/local/share", "/etc")
-    )
-
-
-validated = pytest.mark.skipif(
-    not has_validation(), reason="no validation layer (Debian: apt install vulkan-validationlayers)"
-)
 
 
 @validated

@@ -14,8 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from phi3c.vulkan import build
+
 TESTS = Path(__file__).parent
 SECONDS = 120  # more than any case takes: then it hangs
+
+
+def built_shim(folder: Path) -> Path:
+    """A loader whose devices lack what the environment says (vulkan_shim.c)."""
+    path, header = folder / "libvulkan_shim.so", build._header_folder()
+    flags = ["-shared", "-fPIC", "-O1", f"-I{header}"]
+    subprocess.run(["gcc", *flags, str(TESTS / "vulkan_shim.c"), "-o", str(path)], check=True)
+    return path
 
 
 class Cases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,22 +28,34 @@ def found_device() -> bool:
 needs_device = pytest.mark.skipif(not found_device(), reason="no Vulkan device")
 
 
-def built(function) -> tvm.runtime.Module:
+def has_validation() -> bool:
+    return any(
+        (Path(folder) / "vulkan/explicit_layer.d/VkLayer_khronos_validation.json").exists()
+        for folder in ("/usr/share", "/usr/local/share", "/etc")
+    )
+
+
+validated = pytest.mark.skipif(
+    not has_validation(), reason="no validation layer (Debian: apt install vulkan-validationlayers)"
+)
+
+
+def built(function, target: str = "vulkan") -> tvm.runtime.Module:
     """A kernel as a callable of tensors on `tvm.vulkan()`."""
     load_runtime()
     register()
     function = function.with_attr("global_symbol", "main")
-    module, target = tvm.IRModule({"main": function}), parse_target("vulkan").tvm_target
+    module = tvm.IRModule({"main": function})
     with kernel_lowering("vulkan"):
-        return tvm.compile(module, target=target)
+        return tvm.compile(module, target=parse_target(target).tvm_target)
 
 
 def run(function, arrays: list[np.ndarray], shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Of a function of inputs and one output."""
+    """Of a function of inputs and one output, which may use all that the device has."""
     device = tvm.vulkan()
     inputs = [tvm.runtime.tensor(array, device) for array in arrays]
     output = tvm.runtime.empty(shape, dtype, device)
-    built(hand_scheduled(function))["main"](*inputs, output)
+    built(hand_scheduled(function), "vulkan:native")["main"](*inputs, output)
     return output.numpy()
 
 

@@ -1,8 +1,10 @@
 /* Stands in for libvulkan: forwards to the real one, and misbehaves as the environment says.
  *
- * SHIM_NO_DEVICES, SHIM_API_1_0, SHIM_NO_16BIT, SHIM_NO_PUSH (no VK_KHR_push_descriptor),
+ * SHIM_NO_DEVICES, SHIM_API_1_0, SHIM_NO_16BIT, SHIM_NO_NARROW (no arithmetic of 8 and 16 bits),
+ * SHIM_NO_PUSH (no VK_KHR_push_descriptor),
  * SHIM_DISCRETE (device memory that the host does not see, beside mapped memory),
- * SHIM_SMALL (small limits), SHIM_MEMORY=bytes (vkAllocateMemory fails beyond), SHIM_LOST=n
+ * SHIM_SMALL (small limits), SHIM_FEW_WORKGROUPS (100 along x),
+ * SHIM_MEMORY=bytes (vkAllocateMemory fails beyond), SHIM_LOST=n
  * (vkQueueSubmit fails from the n-th on), SHIM_LOST_WAIT=n (vkWaitForFences does),
  * SHIM_WRONG (vkQueueSubmit is called wrongly: for the validation layer to see).
  */
@@ -53,6 +55,7 @@ static VkResult EnumerateDeviceExtensionProperties(VkPhysicalDevice device, cons
 
 static void change(VkPhysicalDeviceProperties* properties) {
   if (on("SHIM_API_1_0")) properties->apiVersion = 1u << 22;
+  if (on("SHIM_FEW_WORKGROUPS")) properties->limits.maxComputeWorkGroupCount[0] = 100;
   if (on("SHIM_SMALL")) {
     properties->limits.maxStorageBufferRange = 1 << 20;
     properties->limits.maxComputeWorkGroupCount[0] = 100;
@@ -74,10 +77,16 @@ static void GetPhysicalDeviceProperties2(VkPhysicalDevice device,
 
 static void GetPhysicalDeviceFeatures2(VkPhysicalDevice device, VkPhysicalDeviceFeatures2* out) {
   real_GetPhysicalDeviceFeatures2(device, out);
+  if (on("SHIM_NO_NARROW")) out->features.shaderInt16 = 0;
   for (VkBaseOutStructure* part = out->pNext; part; part = part->pNext) {
     if (part->sType == VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_16BIT_STORAGE_FEATURES &&
         on("SHIM_NO_16BIT")) {
       ((VkPhysicalDevice16BitStorageFeatures*)part)->storageBuffer16BitAccess = 0;
+    }
+    if (part->sType == VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SHADER_FLOAT16_INT8_FEATURES &&
+        on("SHIM_NO_NARROW")) {
+      ((VkPhysicalDeviceShaderFloat16Int8Features*)part)->shaderFloat16 = 0;
+      ((VkPhysicalDeviceShaderFloat16Int8Features*)part)->shaderInt8 = 0;
     }
   }
 }

@@ -23,7 +23,7 @@ from ..cuda.inputs import Inputs
 from ..cuda.library import load_runtime as load_cuda_runtime
 from ..cuda.upload import uploaded
 from ..errors import DeviceError, OutOfMemoryError, TargetError
-from ..manifest import TargetInfo
+from ..manifest import Manifest
 from ..memory import in_units
 from ..tensor_file import tensor_bytes
 from ..vulkan import (
@@ -243,18 +243,18 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
         return HostCpu()
     index = int(match[2] or 0)
     opened = {"cuda": _open_cuda, "metal": _open_metal, "vulkan": _open_vulkan}[kind]
-    device = opened(artifact.manifest.target, index)
+    device = opened(artifact.manifest, index)
     for info in artifact.manifest.parameters:
         device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
     return device
 
 
-def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
+def _open_cuda(manifest: Manifest, index: int) -> CudaGpu:
     there = cuda_devices()
     if index >= len(there):
         names = ", ".join(map(str, there)) or "none, as the driver finds no GPU"
         raise DeviceError(f"device: found cuda:{index}; accepted: one that is there: {names}")
-    found, least = there[index], target.needs.arch
+    found, least = there[index], manifest.target.needs.arch
     major, minor = found.capability
     if 10 * major + minor < int(least.removeprefix("sm_")):
         raise DeviceError(
@@ -265,7 +265,7 @@ def _open_cuda(target: TargetInfo, index: int) -> CudaGpu:
     return CudaGpu(found)
 
 
-def _open_metal(target: TargetInfo, index: int) -> TvmGpu:
+def _open_metal(manifest: Manifest, index: int) -> TvmGpu:
     """Kernels ask for no more than every Mac's GPU grants: metal.py, when they were compiled."""
     return _open_of_tvm(tvm.metal(index), "for a TVM that was built with Metal")
 
@@ -276,7 +276,7 @@ def _open_of_tvm(device: tvm.runtime.Device, hint: str) -> TvmGpu:
     return TvmGpu(device)
 
 
-def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu | TvmGpu:
+def _open_vulkan(manifest: Manifest, index: int) -> VulkanGpu | TvmGpu:
     if tvm_has_vulkan():
         return _open_of_tvm(tvm.vulkan(index), "as TVM's own Vulkan runtime finds it")
     found = devices()
@@ -286,11 +286,18 @@ def _open_vulkan(target: TargetInfo, index: int) -> VulkanGpu | TvmGpu:
             f"device: found vulkan:{index}; accepted: one that is there: {there} (a driver for "
             "CPUs, on Debian: apt install mesa-vulkan-drivers)"
         )
-    needs = target.needs
+    needs, rows = manifest.target.needs, manifest.limits.prefill_chunk_size
+    x, y, z = needs.grid
     check_device(
         found[index],
+        features=needs.features,
         shared_memory=needs.shared_bytes,
         workgroup_invocations=needs.threads,
+        workgroup_size=needs.workgroup,
+        workgroup_count=(max(x, rows), max(y, rows), z),
+        storage_buffers=needs.storage_buffers,
         push_constants=needs.argument_bytes,
+        subgroup_size=needs.subgroup_size,
+        subgroup_operations=needs.subgroup_operations,
     )
     return VulkanGpu(found[index])

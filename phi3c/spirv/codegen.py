@@ -16,6 +16,7 @@ import tvm
 import tvm_ffi
 
 from ..errors import TargetError
+from .granted import check_granted
 from .kernel import Kernel, emit_kernel
 
 _BUILD = "target.build.vulkan"
@@ -55,12 +56,16 @@ def _build(module: tvm.IRModule, target: tvm.target.Target) -> tvm_ffi.Module:
 
 
 def emit(module: tvm.IRModule) -> list[Kernel]:
-    """The kernels of a module of device functions. Raises TargetError.
+    """The kernels of a module of device functions, each for its target. Raises TargetError.
 
     Indices become 32-bit: a storage buffer has at most 2^32 bytes.
     """
     module = tvm.tirx.transform.ForceNarrowIndexToInt32()(module)
-    return [emit_kernel(function) for _, function in module.functions_items()]
+    kernels = []
+    for _, function in module.functions_items():
+        kernels.append(emit_kernel(function))
+        check_granted(kernels[-1], function.attrs["target"])
+    return kernels
 
 
 def module_bytes(kernels: Sequence[Kernel]) -> bytes:

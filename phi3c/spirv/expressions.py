@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .module import BOOL, UINT32, DType, Module
+from .module import BOOL, UINT32, DType, EmitError, Module
+from .narrow import fitted, loaded, stored
 from .opcodes import Capability, Glsl, Op, Scope, Storage
 
 # (float, signed, unsigned)
@@ -13,7 +14,7 @@ _ARITHMETIC = {
     "Sub": (Op.F_SUB, Op.I_SUB, Op.I_SUB),
     "Mul": (Op.F_MUL, Op.I_MUL, Op.I_MUL),
     "Div": (Op.F_DIV, Op.S_DIV, Op.U_DIV),
-    "Mod": (Op.F_REM, Op.S_REM, Op.U_MOD),
+    "Mod": (Op.F_REM, None, Op.U_MOD),  # for None see _remainder
     "BitwiseAnd": (None, Op.BITWISE_AND, Op.BITWISE_AND),
     "BitwiseOr": (None, Op.BITWISE_OR, Op.BITWISE_OR),
     "BitwiseXor": (None, Op.BITWISE_XOR, Op.BITWISE_XOR),
@@ -55,6 +56,7 @@ _MATHS = {
     "cos": Glsl.COS,
     "fma": Glsl.FMA,
 }
+_OF_32_BITS = {Glsl.EXP, Glsl.EXP2, Glsl.LOG, Glsl.LOG2, Glsl.POW, Glsl.TANH, Glsl.SIN, Glsl.COS}
 _BITWISE = {
     "bitwise_and": "BitwiseAnd",
     "bitwise_or": "BitwiseOr",
@@ -80,14 +82,10 @@ _SHUFFLES = {
 }
 
 
-class EmitError(Exception):
-    """A node that has no SPIR-V here; kernel.py says in which kernel."""
-
-
 @dataclass(frozen=True)
 class Memory:
     """A buffer: variable, storage class, and the type of an element. in_block: it is the only
-    member of a block."""
+    member of a block, whose elements have the dtype's own width; elsewhere they are carried."""
 
     variable: int
     storage: Storage
@@ -96,24 +94,30 @@ class Memory:
 
 
 def dtype_of(node) -> DType:
-    return _parsed(str(node.ty.dtype))
+    """Raises EmitError."""
+    dtype = DType.parse(str(node.ty.dtype))
+    if dtype.lanes > _MOST_LANES:
+        raise EmitError(f"a {type(node).__name__} of {dtype.lanes} lanes, more than {_MOST_LANES}")
+    return dtype
 
 
-def _parsed(name: str) -> DType:
-    try:
-        return DType.parse(name)
-    except ValueError as err:
-        raise EmitError(str(err)) from None
+_MOST_LANES = 4
 
 
 class Expressions:
-    """values, buffers: what is in scope, by the hash of TVM's Var (its identity)."""
+    """values, buffers: what is in scope, by the hash of TVM's Var (its identity); subgroup_size:
+    threads of a subgroup, if the code relies on it, else 0."""
 
     def __init__(self):
         self.module = Module()
         self.values: dict[int, int] = {}
         self.buffers: dict[int, Memory] = {}
         self.block = 0  # the label of the block that is being written
+        self.subgroup_size = 0
+
+    def type_of(self, dtype: DType) -> int:
+        """Of its carried values."""
+        return self.module.type(dtype.carried)
 
     def expression(self, node) -> int:
         """The id of its value. Raises EmitError."""
@@ -128,29 +132,20 @@ class Expressions:
     # Leaves
 
     def _emit_Var(self, node) -> int:
+        if hash(node) not in self.values:
+            raise EmitError(f"the variable {node.name}, which is not bound")
         return self.values[hash(node)]
 
     def _emit_IntImm(self, node) -> int:
-        return self.constant(dtype_of(node), int(node.value))
+        return self.module.constant(dtype_of(node), int(node.value))
 
     def _emit_FloatImm(self, node) -> int:
-        return self.constant(dtype_of(node), float(node.value))
-
-    def constant(self, dtype: DType, value: int | float) -> int:
-        return self._splat(self.module.constant(dtype.element, value), dtype)
-
-    def _splat(self, value: int, dtype: DType) -> int:
-        if dtype.lanes == 1:
-            return value
-        return self._construct(dtype, [value] * dtype.lanes)
-
-    def _construct(self, dtype: DType, values: list[int]) -> int:
-        return self.module.value(Op.COMPOSITE_CONSTRUCT, self.module.type(dtype), *values)
+        return self.module.constant(dtype_of(node), float(node.value))
 
     def _lane(self, value: int, dtype: DType, lane: int) -> int:
         if dtype.lanes == 1:
             return value
-        element = self.module.type(dtype.element)
+        element = self.type_of(dtype.element)
         return self.module.value(Op.COMPOSITE_EXTRACT, element, value, lane)
 
     # Memory
@@ -159,22 +154,31 @@ class Expressions:
         if len(node.indices) != 1:
             raise EmitError(f"a load of {len(node.indices)} indices from {node.source.name}")
         memory, dtype = self.memory(node.source), dtype_of(node)
-        element = self.module.type(memory.dtype)
-        values = [
-            self.module.value(Op.LOAD, element, self._pointer(memory, place))
-            for place in self._places(node.indices[0])
-        ]
-        found = values[0] if len(values) == 1 else self._construct(dtype, values)
-        return self.converted(found, memory.dtype.of_lanes(dtype.lanes), dtype)
+        found_dtype = memory.dtype.of_lanes(dtype.lanes)
+        values = [self._load(memory, place) for place in self._places(node.indices[0])]
+        found = values[0] if len(values) == 1 else self.module.construct(found_dtype, values)
+        return self.converted(found, found_dtype, dtype)
+
+    def _load(self, memory: Memory, place: int) -> int:
+        pointer = self._pointer(memory, place)
+        if not memory.in_block:
+            return self.module.value(Op.LOAD, self.type_of(memory.dtype), pointer)
+        found = self.module.value(Op.LOAD, self.module.type(memory.dtype), pointer)
+        return loaded(self.module, found, memory.dtype)
 
     def store(self, buffer, index, value) -> None:
         memory, dtype = self.memory(buffer), dtype_of(value)
-        found = self.expression(value)
         wanted = memory.dtype.of_lanes(dtype.lanes)
-        found = self.converted(found, dtype, wanted)
+        rounded_here = memory.in_block and type(value).__name__ == "Cast" and dtype == wanted
+        if rounded_here and dtype.is_a("float", 16) and dtype_of(value.value).is_a("float", 32):
+            found = self.expression(value.value)
+        else:
+            found = self.converted(self.expression(value), dtype, wanted)
         for lane, place in enumerate(self._places(index)):
             pointer = self._pointer(memory, place)
-            self.module.do(Op.STORE, pointer, self._lane(found, wanted, lane))
+            one = self._lane(found, wanted, lane)
+            one = stored(self.module, one, memory.dtype) if memory.in_block else one
+            self.module.do(Op.STORE, pointer, one)
 
     def memory(self, buffer) -> Memory:
         if hash(buffer) not in self.buffers:
@@ -182,7 +186,8 @@ class Expressions:
         return self.buffers[hash(buffer)]
 
     def _pointer(self, memory: Memory, place: int) -> int:
-        pointer = self.module.pointer(memory.storage, self.module.type(memory.dtype))
+        pointee = memory.dtype if memory.in_block else memory.dtype.carried
+        pointer = self.module.pointer(memory.storage, self.module.type(pointee))
         member = [self.module.constant(UINT32, 0)] if memory.in_block else []
         return self.module.value(Op.ACCESS_CHAIN, pointer, memory.variable, *member, place)
 
@@ -197,7 +202,7 @@ class Expressions:
     def _ramp(self, node) -> list[int]:
         dtype = dtype_of(node)
         base, stride = self.expression(node.base), self.expression(node.stride)
-        element = self.module.type(dtype.element)
+        element = self.type_of(dtype.element)
         values = [base]
         for lane in range(1, dtype.lanes):
             step = self.module.constant(dtype.element, lane)
@@ -208,10 +213,10 @@ class Expressions:
     # Vectors
 
     def _emit_Ramp(self, node) -> int:
-        return self._construct(dtype_of(node), self._ramp(node))
+        return self.module.construct(dtype_of(node), self._ramp(node))
 
     def _emit_Broadcast(self, node) -> int:
-        return self._splat(self.expression(node.value), dtype_of(node))
+        return self.module.splat(self.expression(node.value), dtype_of(node))
 
     def _emit_Shuffle(self, node) -> int:
         lanes = []
@@ -219,39 +224,46 @@ class Expressions:
             value, dtype = self.expression(vector), dtype_of(vector)
             lanes += [self._lane(value, dtype, lane) for lane in range(dtype.lanes)]
         chosen = [lanes[int(i)] for i in node.indices]
-        return chosen[0] if len(chosen) == 1 else self._construct(dtype_of(node), chosen)
+        return chosen[0] if len(chosen) == 1 else self.module.construct(dtype_of(node), chosen)
 
     # Arithmetic
 
     def _binary(self, name: str, a, b, result: DType) -> int:
         operands, dtype = (self.expression(a), self.expression(b)), dtype_of(a)
         kind = _KINDS.index(dtype.kind)
-        result_type = self.module.type(result)
+        result_type = self.type_of(result)
         if name in _COMPARISONS:
             op = _COMPARISONS[name][kind]
         elif kind == 3:
             op = None
         elif name in _EXTREMA:
             return self._extremum(name, kind, result, *operands)
+        elif (name, dtype.kind) == ("Mod", "int"):
+            return self._remainder(result, *operands)
         else:
             op = _ARITHMETIC[name][kind]
         if op is None:
             raise EmitError(f"{name} of {dtype.kind}")
-        return self.module.value(op, result_type, *operands)
+        return fitted(self.module, self.module.value(op, result_type, *operands), result)
+
+    def _remainder(self, dtype: DType, a: int, b: int) -> int:
+        """Of the division towards zero: Vulkan leaves OpSRem open where an operand is negative."""
+        result = self.type_of(dtype)
+        quotient = self.module.value(Op.S_DIV, result, a, b)
+        product = self.module.value(Op.I_MUL, result, quotient, b)
+        return self.module.value(Op.I_SUB, result, a, product)
 
     def _extremum(self, name: str, kind: int, dtype: DType, a: int, b: int) -> int:
         """GLSL.std.450 has integers of 32 bits only."""
-        if dtype.kind == "float" or dtype.bits == 32:
+        if dtype.kind == "float" or dtype.bits <= 32:
             return self._extended(_EXTREMA[name][kind], dtype, a, b)
         less = _COMPARISONS["LT" if name == "Min" else "GT"][kind]
-        first = self.module.value(less, self.module.type(DType("bool", 1, dtype.lanes)), a, b)
-        return self.module.value(Op.SELECT, self.module.type(dtype), first, a, b)
+        first = self.module.value(less, self.type_of(DType("bool", 1, dtype.lanes)), a, b)
+        return self.module.value(Op.SELECT, self.type_of(dtype), first, a, b)
 
     def _extended(self, function: Glsl, dtype: DType, *operands: int) -> int:
         extended = self.module.extended
-        return self.module.value(
-            Op.EXT_INST, self.module.type(dtype), extended, function, *operands
-        )
+        return self.module.value(Op.EXT_INST, self.type_of(dtype), extended, function, *operands)
 
     def _emit_And(self, node) -> int:
         return self._logical(Op.LOGICAL_AND, node, node.a, node.b)
@@ -262,9 +274,12 @@ class Expressions:
     def _emit_Not(self, node) -> int:
         return self._logical(Op.LOGICAL_NOT, node, node.a)
 
+    def _emit_BitwiseNot(self, node) -> int:
+        return fitted(self.module, self._logical(Op.NOT, node, node.a), dtype_of(node))
+
     def _logical(self, op: Op, node, *operands) -> int:
         values = [self.expression(x) for x in operands]
-        return self.module.value(op, self.module.type(dtype_of(node)), *values)
+        return self.module.value(op, self.type_of(dtype_of(node)), *values)
 
     def _emit_Cast(self, node) -> int:
         return self.converted(self.expression(node.value), dtype_of(node.value), dtype_of(node))
@@ -273,12 +288,20 @@ class Expressions:
         """As C converts: floats to integers towards zero, integers modulo their width."""
         if source == target:
             return value
-        module, result = self.module, self.module.type(target)
+        converted = self._carried_as(value, source, target)
+        return converted if _holds(target, source) else fitted(self.module, converted, target)
+
+    def _carried_as(self, value: int, source: DType, target: DType) -> int:
+        """Carried values as those that carry the target, which they may not fit."""
+        module, source, target = self.module, source.carried, target.carried
+        result = module.type(target)
+        if source == target:
+            return value
         if target.kind == "bool":
             op = Op.F_UNORD_NOT_EQUAL if source.kind == "float" else Op.I_NOT_EQUAL
-            return module.value(op, result, value, self.constant(source, 0))
+            return module.value(op, result, value, module.constant(source, 0))
         if source.kind == "bool":
-            choices = self.constant(target, 1), self.constant(target, 0)
+            choices = module.constant(target, 1), module.constant(target, 0)
             return module.value(Op.SELECT, result, value, *choices)
         if source.kind == "float" and target.kind == "float":
             return module.value(Op.F_CONVERT, result, value)
@@ -301,9 +324,9 @@ class Expressions:
         dtype = dtype_of(node)
         condition = self.expression(node.condition)
         if dtype_of(node.condition).lanes != dtype.lanes:
-            condition = self._splat(condition, DType("bool", 1, dtype.lanes))
+            condition = self.module.splat(condition, BOOL.of_lanes(dtype.lanes))
         sides = self.expression(node.true_value), self.expression(node.false_value)
-        return self.module.value(Op.SELECT, self.module.type(dtype), condition, *sides)
+        return self.module.value(Op.SELECT, self.type_of(dtype), condition, *sides)
 
     def _emit_Let(self, node) -> int:
         self.values[hash(node.var)] = self.expression(node.value)
@@ -317,9 +340,7 @@ class Expressions:
             name, args = str(args[0].value), args[1:]
             name = name if name in _MATHS else name.removesuffix("f")
         if name in _MATHS:
-            return self._extended(
-                _MATHS[name], dtype_of(node), *(self.expression(arg) for arg in args)
-            )
+            return self._function(name, dtype_of(node), args)
         if name in _BITWISE:
             return self._binary(_BITWISE[name], *args, dtype_of(node))
         if name in _SHUFFLES:
@@ -328,6 +349,13 @@ class Expressions:
         if emit is None:
             raise EmitError(f"a call of {name}")
         return emit(node, args)
+
+    def _function(self, name: str, dtype: DType, args) -> int:
+        function = _MATHS[name]
+        if dtype.kind != "float" or (dtype.bits == 64 and function in _OF_32_BITS):
+            raise EmitError(f"{name} of {dtype.kind}{dtype.bits}")
+        value = self._extended(function, dtype, *(self.expression(arg) for arg in args))
+        return fitted(self.module, value, dtype)
 
     def _call_if_then_else(self, node, args) -> int:
         """Only the side that is taken is computed: it may be the only one that may load."""
@@ -342,7 +370,7 @@ class Expressions:
             ends += [self.expression(side), self.block]
             module.do(Op.BRANCH, merge)
         self.begin_block(merge)
-        return module.value(Op.PHI, module.type(dtype_of(node)), *ends)
+        return module.value(Op.PHI, self.type_of(dtype_of(node)), *ends)
 
     def begin_block(self, label: int) -> None:
         self.module.do(Op.LABEL, label)
@@ -353,30 +381,35 @@ class Expressions:
         value = self.expression(args[0])
         if source == target:
             return value
-        return self.module.value(Op.BITCAST, self.module.type(target), value)
+        if source != source.carried or target != target.carried:
+            raise EmitError(f"the bits of {source} as {target}")
+        return self.module.value(Op.BITCAST, self.type_of(target), value)
 
     def _shuffled(self, name: str, node, args) -> int:
         """args: mask (of CUDA, passed over), value, lane or distance, width, warp size."""
-        if int(args[3]) != int(args[4]):
+        dtype, width = dtype_of(node), int(args[3])
+        if width != int(args[4]):
             raise EmitError(f"{name} in a part of a subgroup")
+        if dtype.bits != 32 or dtype.lanes != 1:
+            raise EmitError(f"{name} of {dtype}, not of 32 bits")
+        if self.subgroup_size not in (0, width):
+            raise EmitError(f"{name} in subgroups of {self.subgroup_size} and of {width}")
+        self.subgroup_size = width
         op, capability = _SHUFFLES[name]
         self.module.need(Capability.GROUP_NON_UNIFORM)
         self.module.need(capability)
         value = self.expression(args[1])
         lane = self.converted(self.expression(args[2]), dtype_of(args[2]), UINT32)
         scope = self.module.constant(UINT32, Scope.SUBGROUP)
-        return self.module.value(op, self.module.type(dtype_of(node)), scope, value, lane)
+        return self.module.value(op, self.type_of(dtype), scope, value, lane)
 
     def _call_tvm_warp_activemask(self, node, args) -> int:
         """What CUDA's shuffles want to be told; SPIR-V's know it."""
-        return self.constant(dtype_of(node), 0xFFFFFFFF)
+        return self.module.constant(dtype_of(node), 0xFFFFFFFF)
 
     def _call_large_uint_imm(self, node, args) -> int:
         low, high = (int(arg.value) for arg in args)
-        return self.constant(dtype_of(node), high << 32 | low)
-
-    def _call_bitwise_not(self, node, args) -> int:
-        return self._logical(Op.NOT, node, args[0])
+        return self.module.constant(dtype_of(node), high << 32 | low)
 
     def _call_likely(self, node, args) -> int:
         return self.expression(args[0])
@@ -386,3 +419,14 @@ class Expressions:
     def is_true(self, node) -> int:
         """A condition, whatever integer it is."""
         return self.converted(self.expression(node), dtype_of(node), BOOL)
+
+
+def _holds(target: DType, source: DType) -> bool:
+    """Whether the target has every value of the source: of float16's, whole numbers of 8 bits."""
+    if source.kind == "bool" or target == target.carried:
+        return True
+    if target.kind == source.kind:
+        return target.bits >= source.bits
+    if target.kind == "float":
+        return source.bits == 8
+    return (target.kind, source.kind) == ("int", "uint") and target.bits > source.bits

@@ -12,33 +12,63 @@ from dataclasses import dataclass
 from tvm import tirx
 
 from ..errors import TargetError
-from .expressions import EmitError, Memory, dtype_of
-from .module import INT32, DType
+from .expressions import Memory, dtype_of
+from .module import INT32, DType, EmitError
 from .opcodes import Capability, Decoration, Op, Storage
 from .statements import Statements
 
 _STORAGE_CAPABILITY = {8: Capability.STORAGE_BUFFER_8_BIT, 16: Capability.STORAGE_BUFFER_16_BIT}
+# By VulkanDevice's names, as in phi3c/vulkan/devices.py.
+_FEATURES = {
+    Capability.FLOAT64: "shader_float64",
+    Capability.INT64: "shader_int64",
+    Capability.STORAGE_BUFFER_8_BIT: "storage_buffer_8bit",
+    Capability.STORAGE_BUFFER_16_BIT: "storage_buffer_16bit",
+}
+_SUBGROUP_OPERATIONS = {  # Vulkan's VkSubgroupFeatureFlagBits
+    Capability.GROUP_NON_UNIFORM: 1,
+    Capability.GROUP_NON_UNIFORM_SHUFFLE: 16,
+    Capability.GROUP_NON_UNIFORM_SHUFFLE_RELATIVE: 32,
+}
 POD_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Kernel:
     """arguments: the dtype of each, `handle` for a buffer; launch: TVM's tags of the grid's axes,
-    which follow the arguments of a call; spirv: the words, little-endian."""
+    which follow the arguments of a call; spirv: the words, little-endian.
+
+    What it needs of a device: workgroup, shared_bytes; grid: workgroups in x, y and z, 0 where
+    their number depends on arguments; features: VulkanDevice's that must be there; subgroup_size,
+    subgroup_operations (Vulkan's flags): 0 where it relies on none.
+    """
 
     name: str
     arguments: tuple[str, ...]
     launch: tuple[str, ...]
     workgroup: tuple[int, int, int]
+    grid: tuple[int, int, int]
     shared_bytes: int
+    features: tuple[str, ...]
+    subgroup_size: int
+    subgroup_operations: int
     spirv: bytes
+
+    @property
+    def storage_buffers(self) -> int:
+        return self.arguments.count("handle")
+
+    @property
+    def argument_bytes(self) -> int:
+        """Of those that are no buffers."""
+        return POD_BYTES * (len(self.arguments) - self.storage_buffers)
 
 
 def emit_kernel(function: tirx.PrimFunc) -> Kernel:
-    """A device function as TVM's passes leave it. Raises TargetError, naming the kernel and the
-    node for which there is no SPIR-V."""
-    name = str(function.attrs["global_symbol"])
-    emitter = Statements()
+    """A device function as TVM's passes leave it, for its target. Raises TargetError, naming the
+    kernel and the node for which there is no SPIR-V."""
+    name, target = str(function.attrs["global_symbol"]), function.attrs["target"]
+    emitter = Statements(int(target.attrs.get("thread_warp_size", 1)))
     try:
         arguments = _declare(emitter, function.params)
         emitter.statement(function.body)
@@ -46,9 +76,19 @@ def emit_kernel(function: tirx.PrimFunc) -> Kernel:
         raise TargetError(f"vulkan: the kernel {name}: no SPIR-V for {err}") from None
     workgroup = tuple(emitter.workgroup)
     words = emitter.module.assemble(name, workgroup)
-    launch = tuple(str(tag) for tag in function.attrs["tirx.kernel_launch_params"])
-    spirv = struct.pack(f"<{len(words)}I", *words)
-    return Kernel(name, arguments, launch, workgroup, emitter.shared_bytes, spirv)
+    capabilities = emitter.module.capabilities
+    return Kernel(
+        name,
+        arguments,
+        launch=tuple(str(tag) for tag in function.attrs["tirx.kernel_launch_params"]),
+        workgroup=workgroup,
+        grid=tuple(emitter.grid),
+        shared_bytes=emitter.shared_bytes,
+        features=tuple(_FEATURES[one] for one in capabilities if one in _FEATURES),
+        subgroup_size=emitter.subgroup_size,
+        subgroup_operations=sum(_SUBGROUP_OPERATIONS.get(one, 0) for one in capabilities),
+        spirv=struct.pack(f"<{len(words)}I", *words),
+    )
 
 
 def _declare(emitter: Statements, params) -> tuple[str, ...]:
@@ -86,6 +126,9 @@ def _storage_buffer(emitter: Statements, param, binding: int) -> Memory:
 def _push_constants(emitter: Statements, pods) -> None:
     module = emitter.module
     dtypes = [dtype_of(pod) for pod in pods]
+    for pod, dtype in zip(pods, dtypes, strict=True):
+        if dtype.bits < 32 or dtype.lanes != 1:
+            raise EmitError(f"the argument {pod.name}, a {dtype}, not of 32 or 64 bits")
     block = module.new_type(Op.TYPE_STRUCT, *(module.type(dtype) for dtype in dtypes))
     module.decorate(block, Decoration.BLOCK)
     variable = module.global_variable(Storage.PUSH_CONSTANT, block)

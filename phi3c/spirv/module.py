@@ -19,14 +19,12 @@ from .opcodes import (
     Storage,
 )
 
-_DTYPE = re.compile(r"(float|int|uint|bool)(\d*)(?:x(\d+))?")
-_WIDTH = {
-    ("float", 16): Capability.FLOAT16,
-    ("float", 64): Capability.FLOAT64,
-    ("int", 8): Capability.INT8,
-    ("int", 16): Capability.INT16,
-    ("int", 64): Capability.INT64,
-}
+_DTYPE = re.compile(r"(bool(?!\d)|float(?=\d\d)|u?int(?=\d))(8|16|32|64|)(?:x(\d+))?")
+_WIDTH = {("float", 64): Capability.FLOAT64, ("int", 64): Capability.INT64}
+
+
+class EmitError(Exception):
+    """A node that has no SPIR-V here; kernel.py says in which kernel."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,29 @@ class DType:
     @staticmethod
     @cache
     def parse(name: str) -> DType:
-        """TVM's name of a dtype. Raises ValueError."""
+        """TVM's name of a dtype. Raises EmitError."""
         if not (match := _DTYPE.fullmatch(name)):
-            raise ValueError(f"the dtype {name}")
+            raise EmitError(f"the dtype {name}")
         kind, bits, lanes = match.groups()
         return DType(kind, 1 if kind == "bool" else int(bits), int(lanes or 1))
 
     @property
     def element(self) -> DType:
         return DType(self.kind, self.bits, 1)
+
+    @property
+    def carried(self) -> DType:
+        """What values of the dtype are outside storage buffers: those of 8 and 16 bits have 32, so
+        that no kernel needs a device's narrow arithmetic."""
+        narrow = self.kind != "bool" and self.bits < 32
+        return DType(self.kind, 32, self.lanes) if narrow else self
+
+    def __str__(self) -> str:
+        width = "" if self.kind == "bool" else self.bits
+        return f"{self.kind}{width}" + (f"x{self.lanes}" if self.lanes > 1 else "")
+
+    def is_a(self, kind: str, bits: int) -> bool:
+        return (self.kind, self.bits) == (kind, bits)
 
     def of_lanes(self, lanes: int) -> DType:
         return DType(self.kind, self.bits, lanes)
@@ -93,6 +105,10 @@ class Module:
         self._ids += 1
         return self._ids
 
+    @property
+    def capabilities(self) -> list[Capability]:
+        return sorted(self._capabilities)
+
     def need(self, capability: Capability) -> None:
         self._capabilities.add(capability)
 
@@ -117,6 +133,7 @@ class Module:
         return result
 
     def type(self, dtype: DType) -> int:
+        """Of memory, if it has fewer than 32 bits: only loaded, stored and converted."""
         if dtype.lanes > 1:
             return self.made_once(Op.TYPE_VECTOR, self.type(dtype.element), dtype.lanes)
         if dtype.kind == "bool":
@@ -135,7 +152,11 @@ class Module:
         return self.made_once(Op.TYPE_ARRAY, self.type(dtype), self.constant(UINT32, length))
 
     def constant(self, dtype: DType, value: int | float | bool) -> int:
-        """A scalar; an integer is taken modulo 2^bits."""
+        """As it is carried; an integer is taken modulo 2^bits."""
+        if dtype.lanes > 1:
+            return self.splat(self.constant(dtype.element, value), dtype)
+        if dtype != dtype.carried:
+            dtype, value = dtype.carried, _fitting(dtype, value)
         result_type = self.type(dtype)
         if dtype.kind == "bool":
             op, words = (Op.CONSTANT_TRUE if value else Op.CONSTANT_FALSE), []
@@ -171,6 +192,15 @@ class Module:
         self.prologue += instruction(op, result_type, result, *operands)
         return result
 
+    def splat(self, value: int, dtype: DType) -> int:
+        """In every lane."""
+        if dtype.lanes == 1:
+            return value
+        return self.construct(dtype, [value] * dtype.lanes)
+
+    def construct(self, dtype: DType, values: list[int]) -> int:
+        return self.value(Op.COMPOSITE_CONSTRUCT, self.type(dtype.carried), *values)
+
     def do(self, op: Op, *operands: int) -> None:
         """Appends an instruction without one."""
         self.body += instruction(op, *operands)
@@ -181,7 +211,7 @@ class Module:
         function_type = self.made_once(Op.TYPE_FUNCTION, void)
         main, label = self.new_id(), self.new_id()
         words = [MAGIC, VERSION_1_3, 0, self._ids + 1, 0]
-        for capability in sorted(self._capabilities):
+        for capability in self.capabilities:
             words += instruction(Op.CAPABILITY, capability)
         if Capability.STORAGE_BUFFER_8_BIT in self._capabilities:
             words += instruction(Op.EXTENSION, *text("SPV_KHR_8bit_storage"))
@@ -197,15 +227,20 @@ class Module:
         return words
 
 
+def _fitting(dtype: DType, value: int | float) -> int | float:
+    """The value that a dtype of 8 or 16 bits has for it."""
+    if dtype.kind == "float":
+        most = 65504.0  # an infinity stays one
+        value = value if abs(value) == float("inf") else max(min(value, most), -most)
+        return struct.unpack("<e", struct.pack("<e", value))[0]
+    value = int(value) & (1 << dtype.bits) - 1
+    negative = dtype.kind == "int" and value >> dtype.bits - 1
+    return value - (1 << dtype.bits) if negative else value
+
+
 def _words(dtype: DType, value: int | float) -> list[int]:
     if dtype.kind == "float":
-        if dtype.bits == 16:
-            most = 65504.0  # an infinity stays one
-            value = value if abs(value) == float("inf") else max(min(value, most), -most)
-            return list(struct.unpack("<H", struct.pack("<e", value)))
         form, words = ("<f", "<I") if dtype.bits == 32 else ("<d", "<II")
         return list(struct.unpack(words, struct.pack(form, value)))
     bits = int(value) & (1 << dtype.bits) - 1
-    if dtype.bits < 32 and dtype.kind == "int" and value < 0:  # narrow ones are sign-extended
-        bits |= 0xFFFFFFFF ^ ((1 << dtype.bits) - 1)
-    return [bits & 0xFFFFFFFF] if dtype.bits <= 32 else [bits & 0xFFFFFFFF, bits >> 32]
+    return [bits] if dtype.bits == 32 else [bits & 0xFFFFFFFF, bits >> 32]

@@ -59,7 +59,6 @@ class Op(IntEnum):
     S_DIV = 135
     F_DIV = 136
     U_MOD = 137
-    S_REM = 138
     F_REM = 140
     LOGICAL_EQUAL = 164
     LOGICAL_NOT_EQUAL = 165
@@ -133,11 +132,8 @@ class Glsl(IntEnum):
 
 class Capability(IntEnum):
     SHADER = 1
-    FLOAT16 = 9
     FLOAT64 = 10
     INT64 = 11
-    INT16 = 22
-    INT8 = 39
     GROUP_NON_UNIFORM = 61
     GROUP_NON_UNIFORM_SHUFFLE = 65
     GROUP_NON_UNIFORM_SHUFFLE_RELATIVE = 66
@@ -162,6 +158,7 @@ class Decoration(IntEnum):
     BINDING = 33
     DESCRIPTOR_SET = 34
     OFFSET = 35
+    FP_ROUNDING_MODE = 39
 
 
 class BuiltIn(IntEnum):
@@ -177,4 +174,5 @@ class Scope(IntEnum):
 LOGICAL_ADDRESSING, GLSL450_MEMORY = 0, 1
 GL_COMPUTE = 5
 LOCAL_SIZE = 17
+ROUND_TO_NEAREST_EVEN = 0
 ACQUIRE_RELEASE_WORKGROUP_MEMORY = 0x8 | 0x100

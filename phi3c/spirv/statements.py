@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .expressions import EmitError, Expressions, Memory, dtype_of
-from .module import BOOL, UINT32, DType
+from .expressions import Expressions, Memory, dtype_of
+from .module import BOOL, UINT32, DType, EmitError
 from .opcodes import (
     ACQUIRE_RELEASE_WORKGROUP_MEMORY,
     BuiltIn,
@@ -15,15 +15,20 @@ from .opcodes import (
 
 _BUILT_INS = {"blockIdx": BuiltIn.WORKGROUP_ID, "threadIdx": BuiltIn.LOCAL_INVOCATION_ID}
 # Attributes that change nothing for this emitter.
-_PASSED_OVER = {"reduce_scope", "tirx.volatile", "pragma_unroll_explicit"}
+_PASSED_OVER = {"reduce_scope", "pragma_unroll_explicit"}
 
 
 class Statements(Expressions):
-    """workgroup: threads in x, y and z, as the kernel binds them; shared_bytes: of its memory."""
+    """warp_size: threads that the target says run in step.
 
-    def __init__(self):
+    workgroup: threads in x, y and z, as the kernel binds them; grid: workgroups, 0 where their
+    number depends on arguments; shared_bytes: of a workgroup's memory.
+    """
+
+    def __init__(self, warp_size: int = 1):
         super().__init__()
-        self.workgroup = [1, 1, 1]
+        self.warp_size = warp_size
+        self.workgroup, self.grid = [1, 1, 1], [1, 1, 1]
         self.shared_bytes = 0
         self._threads: dict[str, int] = {}
         self._built_ins: dict[BuiltIn, int] = {}
@@ -77,12 +82,14 @@ class Statements(Expressions):
     def _do_AllocBuffer(self, node) -> None:
         buffer, scope = node.buffer, str(node.buffer.scope())
         dtype = DType.parse(str(buffer.dtype))
+        if dtype.lanes != 1:
+            raise EmitError(f"{buffer.name}, memory of {dtype}")
         length = 1
         for extent in buffer.shape:
             length *= int(extent)
-        array = self.module.array(dtype, length)
+        array = self.module.array(dtype.carried, length)
         if scope == "shared":
-            self.shared_bytes += length * dtype.bits // 8
+            self.shared_bytes += length * dtype.carried.bits // 8
             memory = self.module.global_variable(Storage.WORKGROUP, array)
             self.buffers[hash(buffer)] = Memory(memory, Storage.WORKGROUP, dtype, False)
         elif scope == "local":
@@ -96,6 +103,10 @@ class Statements(Expressions):
     def _do_AttrStmt(self, node) -> None:
         if node.attr_key == "thread_extent":
             self._bind_thread(node.node, node.value)
+        elif node.attr_key == "tirx.volatile":
+            # Threads in step would leave out barriers: SPIR-V has no such memory for them.
+            if self.warp_size != 1:
+                raise EmitError(f"volatile memory, for warps of {self.warp_size} threads")
         elif node.attr_key not in _PASSED_OVER:
             raise EmitError(f"the attribute {node.attr_key}")
         self.statement(node.body)
@@ -106,10 +117,13 @@ class Statements(Expressions):
         if group not in _BUILT_INS or dimension not in ("x", "y", "z"):
             raise EmitError(f"the thread {tag}")
         place = "xyz".index(dimension)
-        if group == "threadIdx":
-            if type(extent).__name__ != "IntImm":
-                raise EmitError(f"{tag}, of no constant extent")
-            self.workgroup[place] = int(extent)
+        constant = int(extent) if type(extent).__name__ == "IntImm" else 0
+        if group == "blockIdx":
+            self.grid[place] = constant
+        elif not constant:
+            raise EmitError(f"{tag}, of no constant extent")
+        else:
+            self.workgroup[place] = constant
         if tag not in self._threads:
             self._threads[tag] = self._thread(_BUILT_INS[group], place)
         wanted = dtype_of(axis.var)
@@ -130,11 +144,11 @@ class Statements(Expressions):
     def _thread_as(self, tag: str, wanted: DType) -> int:
         """At the entry, so that every block may use it."""
         module, value = self.module, self._threads[tag]
-        if wanted.bits != 32:
-            value = module.entry_value(Op.U_CONVERT, module.type(wanted.of("uint")), value)
+        if wanted.carried.bits != 32:
+            value = module.entry_value(Op.U_CONVERT, self.type_of(wanted.of("uint")), value)
         if wanted.kind == "uint":
             return value
-        return module.entry_value(Op.BITCAST, module.type(wanted), value)
+        return module.entry_value(Op.BITCAST, self.type_of(wanted), value)
 
     # Control flow
 
@@ -158,7 +172,7 @@ class Statements(Expressions):
         if node.thread_binding is not None:
             raise EmitError(f"the loop {node.loop_var.name}, which is bound to a thread")
         module, dtype = self.module, dtype_of(node.loop_var)
-        result, counter = module.type(dtype), module.local_variable(module.type(dtype))
+        result, counter = self.type_of(dtype), module.local_variable(self.type_of(dtype))
         first = self.expression(node.min)
         end = module.value(Op.I_ADD, result, first, self.expression(node.extent))
         step = module.constant(dtype, 1) if node.step is None else self.expression(node.step)
