@@ -14,6 +14,7 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -333,6 +334,28 @@ static VkResult WaitForFences(VkDevice device, uint32_t n, const VkFence* fences
     return VK_ERROR_DEVICE_LOST;
   }
   return real_WaitForFences(device, n, fences, all, timeout);
+}
+
+/* Deletes DLManagedTensors, while the process may end. */
+static struct {
+  void** tensors;
+  uint64_t count;
+} work;
+
+static void* free_tensors(void* unused) {
+  for (uint64_t i = 0; i < work.count; ++i) {
+    void (**deleter)(void*) = (void (**)(void*))((char*)work.tensors[i] + 56);
+    (*deleter)(work.tensors[i]);
+  }
+  return unused;
+}
+
+__attribute__((visibility("default"))) void shim_free_in_thread(void** tensors, uint64_t count) {
+  pthread_t thread;
+  work.tensors = malloc(count * sizeof *tensors);
+  memcpy(work.tensors, tensors, count * sizeof *tensors);
+  work.count = count;
+  pthread_create(&thread, NULL, free_tensors, NULL);
 }
 
 #define WRAP(function)                                  \

@@ -20,15 +20,30 @@ bool empty(const Block& block) {
 std::optional<Piece> Blocks::take(const std::vector<uint32_t>& types, uint64_t bytes,
                                   uint64_t alignment, bool must_be_mapped) {
   for (uint32_t type : types) {
-    for (Block& block : blocks_) {
-      if (block.type != type || block.whole || (must_be_mapped && !block.mapped)) continue;
-      if (auto piece = take_from(block, bytes, alignment)) return piece;
-    }
-    if (Block* block = create(type, bytes, must_be_mapped)) {
+    bool whole = bytes >= common_bytes(type) / 2;
+    std::optional<Piece> piece;
+    if (!whole && (piece = take_existing(type, bytes, alignment, must_be_mapped))) return piece;
+    if (Block* block = create(type, bytes, whole, must_be_mapped)) {
       return take_from(*block, bytes, alignment);
     }
+    if (whole && (piece = take_existing(type, bytes, alignment, must_be_mapped))) return piece;
   }
   return std::nullopt;
+}
+
+std::optional<Piece> Blocks::take_existing(uint32_t type, uint64_t bytes, uint64_t alignment,
+                                           bool must_be_mapped) {
+  for (Block& block : blocks_) {
+    if (block.type != type || block.whole || (must_be_mapped && !block.mapped)) continue;
+    if (auto piece = take_from(block, bytes, alignment)) return piece;
+  }
+  return std::nullopt;
+}
+
+uint64_t Blocks::common_bytes(uint32_t type) const {
+  const auto& memory = device_.physical.memory;
+  uint64_t heap = memory.memoryHeaps[memory.memoryTypes[type].heapIndex].size;
+  return std::min({kBlockBytes, heap / kBlocksOfHeap, device_.physical.max_allocation});
 }
 
 std::optional<Piece> Blocks::take_from(Block& block, uint64_t bytes, uint64_t alignment) {
@@ -49,15 +64,11 @@ std::optional<Piece> Blocks::take_from(Block& block, uint64_t bytes, uint64_t al
   return std::nullopt;
 }
 
-Block* Blocks::create(uint32_t type, uint64_t bytes, bool must_be_mapped) {
-  const auto& memory = device_.physical.memory;
-  uint64_t common =
-      std::min({kBlockBytes, memory.memoryHeaps[memory.memoryTypes[type].heapIndex].size / kBlocksOfHeap,
-                device_.physical.max_allocation});
+Block* Blocks::create(uint32_t type, uint64_t bytes, bool whole, bool must_be_mapped) {
   Block made;
   made.type = type;
-  made.whole = bytes >= common / 2;
-  made.size = made.whole ? bytes : common;
+  made.whole = whole;
+  made.size = whole ? bytes : common_bytes(type);
   VkResult result;
   // Where there is no room for a block, there may be for a smaller one.
   while ((result = allocate(made)) != VK_SUCCESS) {
@@ -65,7 +76,7 @@ Block* Blocks::create(uint32_t type, uint64_t bytes, bool must_be_mapped) {
     if (made.size == bytes || result == VK_ERROR_TOO_MANY_OBJECTS) return nullptr;
     made.size = std::max(bytes, made.size / 2);
   }
-  if ((memory.memoryTypes[type].propertyFlags & kMapped) == kMapped) {
+  if ((device_.physical.memory.memoryTypes[type].propertyFlags & kMapped) == kMapped) {
     void* mapped = nullptr;
     // Where the address space is too full to map it, it is copied to as one that is not mapped.
     result = device_.vk.MapMemory(device_.handle, made.memory, 0, kWholeSize, 0, &mapped);

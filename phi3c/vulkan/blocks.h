@@ -45,8 +45,11 @@ class Blocks {
   uint64_t bytes() const { return bytes_; }  // of all blocks
 
  private:
+  uint64_t common_bytes(uint32_t type) const;  // of a block for many pieces
+  std::optional<Piece> take_existing(uint32_t type, uint64_t bytes, uint64_t alignment,
+                                     bool must_be_mapped);
   std::optional<Piece> take_from(Block& block, uint64_t bytes, uint64_t alignment);
-  Block* create(uint32_t type, uint64_t bytes, bool must_be_mapped);
+  Block* create(uint32_t type, uint64_t bytes, bool whole, bool must_be_mapped);
   VkResult allocate(Block& block);
   void free(std::list<Block>::iterator block);
 

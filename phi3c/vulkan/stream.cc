@@ -149,7 +149,7 @@ void Stream::dispatch(Pipeline& pipeline, const std::vector<Buffer*>& buffers,
   pace_.add(submission.paced, pipeline, uint64_t{groups[0]} * groups[1] * groups[2]);
   if (submission.dispatches >= kBatch || Pace::full(submission.paced) ||
       (in_flight_.empty() && submission.dispatches >= kBatchOfIdleDevice)) {
-    submit();
+    submit_or_later();
   }
 }
 
@@ -273,7 +273,7 @@ void Stream::download(Buffer& from, uint64_t offset, void* to, uint64_t bytes) {
 void Stream::copy(Buffer& from, uint64_t from_offset, Buffer& to, uint64_t to_offset,
                   uint64_t bytes) {
   copy(record(), from, to, {from_offset, to_offset, bytes});
-  if (Pace::full(recording_->paced)) submit();
+  if (Pace::full(recording_->paced)) submit_or_later();
 }
 
 void Stream::copy(Submission& submission, Buffer& from, Buffer& to, const VkBufferCopy& region) {
@@ -307,6 +307,14 @@ void Stream::submit() {
   in_flight_.push_back(std::move(recording_));
   ++submissions;
   if (in_flight_.size() > kMostInFlight) wait(in_flight_.front()->serial);
+}
+
+void Stream::submit_or_later() {
+  try {
+    submit();
+  } catch (const Failure&) {
+    if (device_.lost()) throw;
+  }
 }
 
 void Stream::wait(uint64_t serial) {

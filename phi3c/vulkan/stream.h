@@ -47,6 +47,9 @@ class Stream {
   uint64_t submissions = 0;
 
  private:
+  // Where there is no memory to submit, says so when the next command comes: this one is recorded.
+  void submit_or_later();
+
   // One batch. Its objects are used again after it is done.
   struct Submission {
     uint64_t serial = 0;
