@@ -22,8 +22,8 @@ import tvm
 import vulkan_kernels as kernels
 import vulkan_workout as workout
 from tvm.script import tirx as T
-from vulkan_cases import Cases, built_shim
 from vulkan_device import validated
+from vulkan_fixtures import PRELUDE, VALIDATION
 from vulkan_kernels import ADD, ALL, CHAIN, CONSTANTS, GRID, module_bytes
 
 from phi3c.errors import ArtifactError, DeviceError
@@ -42,59 +42,10 @@ from phi3c.vulkan import library as library_module
 from phi3c.vulkan.build import runtime_library
 from phi3c.vulkan.library import default_cache
 
+pytest_plugins = ("vulkan_fixtures",)
+pytestmark = pytest.mark.usefixtures("vulkan")
 TESTS = Path(__file__).parent
-VALIDATION = "VK_LAYER_KHRONOS_validation"
 SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-
-
-@pytest.fixture(scope="module")
-def library_cache(pytestconfig) -> Path:
-    """Of compiled libraries; pytest keeps it from run to run."""
-    return Path(pytestconfig.cache.mkdir("vulkan"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def vulkan(library_cache, tmp_path_factory):
-    if "XDG_RUNTIME_DIR" not in os.environ:  # else the loader complains
-        os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))
-    if not kernels.has_compiler():
-        pytest.skip("no glslangValidator (Debian: apt install glslang-tools)")
-    load_runtime(cache=library_cache)
-    try:
-        found = devices()
-    except DeviceError as error:
-        pytest.skip(str(error))
-    if not found:
-        pytest.skip("no Vulkan device (Debian: apt install mesa-vulkan-drivers)")
-
-
-@pytest.fixture(scope="module")
-def module(vulkan):
-    return module_from_bytes(module_bytes(*ALL))
-
-
-@pytest.fixture(scope="module")
-def cases(library_cache, vulkan):
-    running = Cases(library_cache)
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory) -> Path:
-    return built_shim(tmp_path_factory.mktemp("shim"))
-
-
-@pytest.fixture(scope="module")
-def bytes_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("kernels") / "kernels.bin"
-    path.write_bytes(module_bytes(*ALL))
-    return path
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def zeros(n: int, dtype: str = "uint32"):
@@ -588,27 +539,6 @@ def test_the_package_with_the_header_is_not_imported():
 
 
 # Bad devices and bad ends, in processes of their own
-
-PRELUDE = """
-import numpy as np
-import pytest
-import tvm
-import vulkan_workout as workout
-from phi3c.errors import ArtifactError, DeviceError, OutOfMemoryError
-from phi3c.vulkan import *
-from phi3c.vulkan.library import runtime_function
-data = open({path!r}, "rb").read()
-vulkan = tvm.vulkan(0)
-"""
-
-
-@pytest.fixture
-def case(cases, bytes_file):
-    def run(code: str, loader: Path | None = None, code_is: int = 0, **environment) -> str:
-        whole = PRELUDE.format(path=str(bytes_file)) + textwrap.dedent(code)
-        return cases.run(whole, loader, code_is, **environment)
-
-    return run
 
 
 def test_no_loader(case):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -31,13 +32,14 @@ def runtime_library(cache: Path, flags: Sequence[str] = ()) -> Path:
     """The library's path in the folder `cache`, compiled now unless it is there.
 
     `flags` are added to the compiler's, a sanitizer's for example. Processes that compile at the
-    same time do not disturb each other. Raises DeviceError where the compiler or Vulkan's header
-    is missing, or where it does not compile; OSError if the folder cannot be written.
+    same time do not disturb each other. One that is there is taken without compiler and header.
+    Raises DeviceError where these are missing, or where it does not compile; OSError if the folder
+    cannot be written.
     """
-    compiler, header = _compiler(), _header_folder()
-    library = cache / f"runtime-{_key(compiler, header, flags)}.so"
+    library = cache / f"runtime-{_key(flags)}.so"
     if library.exists():
         return library
+    compiler, header = _compiler(), _header_folder()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=cache) as folder:
         built = _build(compiler, header, flags, Path(folder))
@@ -77,7 +79,10 @@ def _links() -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise DeviceError(f"vulkan: the C++ compiler {command[0]} does not run: {error}") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         first = next((line for line in lines if "error" in line), lines[-1] if lines else "")
@@ -108,14 +113,13 @@ def _header_folder() -> Path:
     )
 
 
-def _key(compiler: list[str], header: Path, flags: Sequence[str]) -> str:
-    """What the library is made of, as a short hash."""
-    try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise DeviceError(f"vulkan: the C++ compiler {compiler[0]} does not run: {error}") from None
-    parts = [tvm.__version__, tvm_ffi.__version__, tvm.__file__, *compiler, *_FLAGS, *flags]
-    digest = hashlib.sha256("\n".join(parts).encode() + version)
-    for path in [*sorted(_FOLDER.glob("*.h")), *sorted(_FOLDER.glob("*.cc")), header / _HEADER]:
+def _key(flags: Sequence[str]) -> str:
+    """What the library is made of and for, as a short hash.
+
+    Not of the compiler and Vulkan's header: whichever they are, what they make runs.
+    """
+    parts = [tvm.__version__, tvm_ffi.__version__, tvm.__file__, platform.machine()]
+    digest = hashlib.sha256("\n".join([*parts, *_FLAGS, *flags]).encode())
+    for path in [*sorted(_FOLDER.glob("*.h")), *sorted(_FOLDER.glob("*.cc"))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -33,6 +33,7 @@ Buffer* OpenDevice::create(uint64_t bytes) {
   // Freed buffers may wait for the commands that use them; spare workspaces for nothing.
   while (Buffer* spare = workspaces.take_any()) stream.release(spare);
   stream.synchronize();
+  memory.release_idle();
   if (Buffer* buffer = memory.create(bytes, Place::device)) return buffer;
   memory.fail_out_of_memory(bytes);
 }
@@ -64,13 +65,19 @@ Context::Lock Context::enter() {
     fail(kDeviceError, "vulkan: this process is the child of a fork; Vulkan works only in the "
                        "process that first used it (start children with spawn)");
   }
+  Lock lock(mutex_, std::defer_lock);
+  if (!ended) lock.lock();
+  // Again: `end` may have had the lock meanwhile.
   if (ended) fail(kDeviceError, "vulkan: the process is about to end");
-  return Lock(mutex_);
+  return lock;
 }
 
 Context::Lock Context::enter_to_release() noexcept {
-  if (forked || ended) return Lock(mutex_, std::defer_lock);
-  return Lock(mutex_);
+  Lock lock(mutex_, std::defer_lock);
+  if (forked || ended) return lock;
+  lock.lock();
+  if (ended) lock.unlock();  // `end` has had it meanwhile
+  return lock;
 }
 
 void Context::set_library(const std::string& path) {

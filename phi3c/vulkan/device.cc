@@ -49,6 +49,17 @@ Device::Device(const Instance& instance, int index)
   info.ppEnabledExtensionNames = physical.extensions.data();
   const InstanceFunctions& functions = instance.functions();
   check(functions.CreateDevice(physical.handle, &info, nullptr, &handle), "vkCreateDevice");
+  try {
+    load(functions);
+  } catch (...) {
+    if (vk.DestroyDevice) vk.DestroyDevice(handle, nullptr);
+    throw;
+  }
+}
+
+Device::~Device() { vk.DestroyDevice(handle, nullptr); }
+
+void Device::load(const InstanceFunctions& functions) {
 #define PHI3C_LOAD(name)                                                                        \
   vk.name = reinterpret_cast<PFN_vk##name>(functions.GetDeviceProcAddr(handle, "vk" #name));    \
   if (!vk.name) fail(kDeviceError, "vulkan: ", physical.described(), ": has no vk" #name);
@@ -63,7 +74,7 @@ Device::Device(const Instance& instance, int index)
 void Device::check(VkResult result, const char* call) {
   if (result == VK_ERROR_DEVICE_LOST) check_fatal(result, call);
   if (result != VK_SUCCESS) {
-    fail(kDeviceError, "vulkan: ", call, ": ", name_of(result), " (", physical.described(), ")");
+    fail(is_out_of_memory(result) ? kOutOfMemoryError : kDeviceError, "vulkan: ", call, ": ", name_of(result), " (", physical.described(), ")");
   }
 }
 
@@ -71,6 +82,14 @@ void Device::check_fatal(VkResult result, const char* call) {
   if (result == VK_SUCCESS) return;
   lost_ = text(call, ": ", name_of(result));
   require_alive();
+}
+
+void Device::check_fatal_unless_memory(VkResult result, const char* call) {
+  if (is_out_of_memory(result)) {
+    check(result, call);
+  } else {
+    check_fatal(result, call);
+  }
 }
 
 void Device::require_alive() const {

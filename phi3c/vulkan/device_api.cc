@@ -178,12 +178,14 @@ class DeviceApi final : public tvm::runtime::DeviceAPI {
         *value = static_cast<int64_t>(device.memory_bytes());
         break;
       case tvm::runtime::kAvailableGlobalMemory: {
-        uint64_t used = 0;
         const auto& opened = context.opened();
-        if (static_cast<size_t>(index) < opened.size() && opened[index]) {
-          used = opened[index]->memory.in_use();
+        bool open = static_cast<size_t>(index) < opened.size() && opened[index];
+        uint64_t used = open ? opened[index]->memory.in_use() : 0;
+        uint64_t left = device.memory_bytes() - std::min(used, device.memory_bytes());
+        if (auto free = context.instance().free_bytes(device)) {
+          left = std::min(left, *free + (open ? opened[index]->memory.idle() : 0));
         }
-        *value = static_cast<int64_t>(device.memory_bytes() - std::min(used, device.memory_bytes()));
+        *value = static_cast<int64_t>(left);
         break;
       }
       default:

@@ -32,6 +32,11 @@ std::string name_of(VkResult result) {
 #undef PHI3C_NAME
 }
 
+bool is_out_of_memory(VkResult result) {
+  return result == VK_ERROR_OUT_OF_HOST_MEMORY || result == VK_ERROR_OUT_OF_DEVICE_MEMORY ||
+         result == VK_ERROR_TOO_MANY_OBJECTS || result == VK_ERROR_OUT_OF_POOL_MEMORY;
+}
+
 std::string version_text(uint32_t version) {
   return text(major_of(version), ".", minor_of(version), ".", patch_of(version));
 }

@@ -42,6 +42,9 @@ template <typename... Parts>
 // VK_ERROR_DEVICE_LOST and the like; the number where it has no name here.
 std::string name_of(VkResult result);
 
+// Of the host or the device; drivers that allow so many allocations and no more say it like that.
+bool is_out_of_memory(VkResult result);
+
 // "1.3.230"
 std::string version_text(uint32_t version);
 

@@ -10,17 +10,20 @@ namespace phi3c::vulkan {
   F(EnumerateInstanceExtensionProperties)
 
 #define PHI3C_VULKAN_INSTANCE(F)              \
+  F(DestroyInstance)                          \
   F(EnumeratePhysicalDevices)                 \
   F(EnumerateDeviceExtensionProperties)       \
   F(GetPhysicalDeviceProperties)              \
   F(GetPhysicalDeviceProperties2)             \
   F(GetPhysicalDeviceFeatures2)               \
   F(GetPhysicalDeviceMemoryProperties)        \
+  F(GetPhysicalDeviceMemoryProperties2)       \
   F(GetPhysicalDeviceQueueFamilyProperties)   \
   F(CreateDevice)                             \
   F(GetDeviceProcAddr)
 
 #define PHI3C_VULKAN_DEVICE(F)  \
+  F(DestroyDevice)              \
   F(GetDeviceQueue)             \
   F(DeviceWaitIdle)             \
   F(QueueSubmit)                \
@@ -36,6 +39,7 @@ namespace phi3c::vulkan {
   F(GetFenceStatus)             \
   F(WaitForFences)              \
   F(CreateCommandPool)          \
+  F(DestroyCommandPool)         \
   F(AllocateCommandBuffers)     \
   F(BeginCommandBuffer)         \
   F(EndCommandBuffer)           \
@@ -59,6 +63,7 @@ namespace phi3c::vulkan {
   F(CreateComputePipelines)     \
   F(DestroyPipeline)            \
   F(CreatePipelineCache)        \
+  F(DestroyPipelineCache)       \
   F(GetPipelineCacheData)       \
   F(CreateDescriptorPool)       \
   F(ResetDescriptorPool)        \

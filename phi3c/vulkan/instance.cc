@@ -35,6 +35,16 @@ bool has(const Extensions& extensions, const char* name) {
                      [&](const auto& e) { return !std::strcmp(e.extensionName, name); });
 }
 
+// One without graphics if there is one: the desktop does not wait for it, and drivers are patient
+// with what it does.
+auto compute_family(const std::vector<VkQueueFamilyProperties>& families) {
+  auto usable = [](const auto& f) { return f.queueCount && f.queueFlags & VK_QUEUE_COMPUTE_BIT; };
+  auto alone = std::find_if(families.begin(), families.end(), [&](const auto& f) {
+    return usable(f) && !(f.queueFlags & VK_QUEUE_GRAPHICS_BIT);
+  });
+  return alone != families.end() ? alone : std::find_if(families.begin(), families.end(), usable);
+}
+
 int rank(VkPhysicalDeviceType type) {
   switch (type) {
     case VK_PHYSICAL_DEVICE_TYPE_DISCRETE_GPU:
@@ -57,7 +67,12 @@ const char* PhysicalDevice::kind() const {
   return kinds[rank(properties.deviceType)];
 }
 
-uint64_t PhysicalDevice::memory_bytes() const {
+bool PhysicalDevice::shares_memory() const {
+  return properties.deviceType == VK_PHYSICAL_DEVICE_TYPE_INTEGRATED_GPU ||
+         properties.deviceType == VK_PHYSICAL_DEVICE_TYPE_CPU;
+}
+
+uint64_t PhysicalDevice::largest_local_heap() const {
   uint64_t most = 0;
   for (uint32_t i = 0; i < memory.memoryHeapCount; ++i) {
     if (memory.memoryHeaps[i].flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT) {
@@ -65,6 +80,25 @@ uint64_t PhysicalDevice::memory_bytes() const {
     }
   }
   return most;
+}
+
+std::vector<uint32_t> PhysicalDevice::heaps() const {
+  std::vector<uint32_t> found;
+  for (uint32_t i = 0; i < memory.memoryHeapCount; ++i) {
+    bool local = memory.memoryHeaps[i].flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT;
+    if (shares_memory()) {
+      found.push_back(i);
+    } else if (local && memory.memoryHeaps[i].size == largest_local_heap() && found.empty()) {
+      found.push_back(i);
+    }
+  }
+  return found;
+}
+
+uint64_t PhysicalDevice::memory_bytes() const {
+  uint64_t sum = 0;
+  for (uint32_t heap : heaps()) sum += memory.memoryHeaps[heap].size;
+  return sum;
 }
 
 Instance::Instance(const std::string& library_path) : loader_(library_path) {
@@ -91,7 +125,16 @@ Instance::Instance(const std::string& library_path) : loader_(library_path) {
   VkResult result = global.CreateInstance(&info, nullptr, &instance);
   if (result == VK_ERROR_INCOMPATIBLE_DRIVER) return;  // the loader found no driver at all
   check(result, "vkCreateInstance");
-  functions_ = loader_.of(instance);
+  try {
+    loader_.load(instance, functions_);
+    list_devices(instance);
+  } catch (...) {
+    if (functions_.DestroyInstance) functions_.DestroyInstance(instance, nullptr);
+    throw;
+  }
+}
+
+void Instance::list_devices(VkInstance instance) {
   auto handles = list<VkPhysicalDevice>(
       [&](uint32_t* n, VkPhysicalDevice* p) {
         return functions_.EnumeratePhysicalDevices(instance, n, p);
@@ -102,9 +145,7 @@ Instance::Instance(const std::string& library_path) : loader_(library_path) {
     functions_.GetPhysicalDeviceQueueFamilyProperties(handle, &count, nullptr);
     std::vector<VkQueueFamilyProperties> families(count);
     functions_.GetPhysicalDeviceQueueFamilyProperties(handle, &count, families.data());
-    auto family = std::find_if(families.begin(), families.end(), [](const auto& f) {
-      return f.queueCount && f.queueFlags & VK_QUEUE_COMPUTE_BIT;
-    });
+    auto family = compute_family(families);
     if (family == families.end()) continue;
     PhysicalDevice device;
     device.handle = handle;
@@ -141,6 +182,8 @@ void Instance::describe(PhysicalDevice& device) const {
   bool small_types_known = usable("VK_KHR_shader_float16_int8");
   bool push = has(extensions, "VK_KHR_push_descriptor");
   if (push) device.extensions.push_back("VK_KHR_push_descriptor");
+  device.memory_budget = has(extensions, "VK_EXT_memory_budget");
+  if (device.memory_budget) device.extensions.push_back("VK_EXT_memory_budget");
   if (has(extensions, "VK_KHR_portability_subset")) {
     device.extensions.push_back("VK_KHR_portability_subset");  // must be, where it is there
   }
@@ -196,6 +239,21 @@ void Instance::describe(PhysicalDevice& device) const {
   device.features.shader_float64 = features.features.shaderFloat64;
   device.features.storage_buffer_8bit = storage8.storageBuffer8BitAccess;
   device.features.storage_buffer_16bit = storage16.storageBuffer16BitAccess;
+}
+
+std::optional<uint64_t> Instance::free_bytes(const PhysicalDevice& device) const {
+  if (!device.memory_budget) return std::nullopt;
+  VkPhysicalDeviceMemoryBudgetPropertiesEXT budget{};
+  budget.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT;
+  VkPhysicalDeviceMemoryProperties2 memory{};
+  memory.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2;
+  memory.pNext = &budget;
+  functions_.GetPhysicalDeviceMemoryProperties2(device.handle, &memory);
+  uint64_t sum = 0;
+  for (uint32_t heap : device.heaps()) {
+    sum += budget.heapBudget[heap] - std::min(budget.heapBudget[heap], budget.heapUsage[heap]);
+  }
+  return sum;
 }
 
 }  // namespace phi3c::vulkan

@@ -58,14 +58,12 @@ Loader::Loader(const std::string& path) {
   }
 }
 
-InstanceFunctions Loader::of(VkInstance instance) const {
-  InstanceFunctions functions;
+void Loader::load(VkInstance instance, InstanceFunctions& functions) const {
 #define PHI3C_LOAD(name)                                                           \
   functions.name = reinterpret_cast<PFN_vk##name>(get_(instance, "vk" #name));     \
   if (!functions.name) fail(kDeviceError, "vulkan: ", name_, ": the instance has no vk" #name);
   PHI3C_VULKAN_INSTANCE(PHI3C_LOAD)
 #undef PHI3C_LOAD
-  return functions;
 }
 
 }  // namespace phi3c::vulkan

@@ -15,8 +15,8 @@ class Loader {
 
   const GlobalFunctions& global() const { return global_; }
 
-  // Those of an instance. Fails if it lacks one.
-  InstanceFunctions of(VkInstance instance) const;
+  // Those of an instance, in their order. Fails at the first that it lacks.
+  void load(VkInstance instance, InstanceFunctions& functions) const;
 
  private:
   std::string name_;

@@ -17,6 +17,7 @@ class Statistics:
     submissions: int  # of batches of commands
     bytes_in_use: int  # of device memory, staging and kept workspaces among them
     peak_bytes: int
+    allocations: int  # of device memory, at present; drivers allow some thousand
 
 
 @dataclass(frozen=True)

@@ -4,48 +4,6 @@
 #include <memory>
 
 namespace phi3c::vulkan {
-namespace {
-
-constexpr VkFlags kLocal = VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT;
-// Coherent, so that nothing is to be flushed or invalidated.
-constexpr VkFlags kMapped =
-    VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | VK_MEMORY_PROPERTY_HOST_COHERENT_BIT;
-constexpr VkFlags kCached = VK_MEMORY_PROPERTY_HOST_CACHED_BIT;
-
-bool out_of_memory(VkResult result) {
-  return result == VK_ERROR_OUT_OF_HOST_MEMORY || result == VK_ERROR_OUT_OF_DEVICE_MEMORY;
-}
-
-}  // namespace
-
-Memory::Memory(Device& device) : device_(device) {}
-
-std::optional<uint32_t> Memory::type(uint32_t allowed, VkFlags properties) const {
-  const auto& memory = device_.physical.memory;
-  for (uint32_t i = 0; i < memory.memoryTypeCount; ++i) {
-    const VkMemoryType& type = memory.memoryTypes[i];
-    if (allowed >> i & 1 && (type.propertyFlags & properties) == properties) return i;
-  }
-  return std::nullopt;
-}
-
-std::optional<uint32_t> Memory::type(uint32_t allowed, Place place) const {
-  if (place == Place::host) {
-    auto cached = type(allowed, kMapped | kCached);
-    return cached ? cached : type(allowed, kMapped);
-  }
-  // A discrete card's mapped memory may be a small window: only where it is all of its memory.
-  const auto& memory = device_.physical.memory;
-  for (VkFlags more : {kCached, VkFlags{0}}) {
-    auto both = type(allowed, kLocal | kMapped | more);
-    if (both && memory.memoryHeaps[memory.memoryTypes[*both].heapIndex].size ==
-                    device_.physical.memory_bytes()) {
-      return both;
-    }
-  }
-  auto local = type(allowed, kLocal);
-  return local ? local : type(allowed, 0);
-}
 
 uint64_t Memory::largest() const {
   return std::min<uint64_t>(device_.physical.properties.limits.maxStorageBufferRange,
@@ -64,6 +22,19 @@ Buffer* Memory::create(uint64_t bytes, Place place) {
     fail(kOutOfMemoryError, "vulkan: a buffer of ", bytes, " bytes; ", device_.physical.name(),
          " accepts at most ", device_.physical.max_allocation, " (maxMemoryAllocationSize)");
   }
+  Buffer* buffer = nullptr;
+  if (place == Place::device && SmallBuffers::small(size)) {
+    size = SmallBuffers::rounded(size);
+    buffer = small_.take(size);
+  }
+  if (!buffer) buffer = make(size, place);
+  if (!buffer) return nullptr;
+  in_use_ += size;
+  peak_ = std::max(peak_, in_use_);
+  return buffer;
+}
+
+Buffer* Memory::make(uint64_t size, Place place) {
   auto buffer = std::make_unique<Buffer>();
   buffer->size = size;
   buffer->device = device_.index;
@@ -75,55 +46,56 @@ Buffer* Memory::create(uint64_t bytes, Place place) {
   info.sharingMode = VK_SHARING_MODE_EXCLUSIVE;
   const DeviceFunctions& vk = device_.vk;
   VkResult result = vk.CreateBuffer(device_.handle, &info, nullptr, &buffer->handle);
-  if (out_of_memory(result)) return nullptr;
+  if (is_out_of_memory(result)) return nullptr;
   device_.check(result, "vkCreateBuffer");
   struct Undo {  // until all is well
-    const Device& device;
+    Memory& memory;
     Buffer* buffer;
     ~Undo() {
-      if (!buffer) return;
-      device.vk.DestroyBuffer(device.handle, buffer->handle, nullptr);
-      device.vk.FreeMemory(device.handle, buffer->memory, nullptr);
+      if (buffer) memory.unmake(buffer);
     }
-  } undo{device_, buffer.get()};
+  } undo{*this, buffer.get()};
 
   VkMemoryRequirements needs{};
   vk.GetBufferMemoryRequirements(device_.handle, buffer->handle, &needs);
-  auto chosen = type(needs.memoryTypeBits, place);
-  if (!chosen) {
+  auto types = memory_types(device_.physical, needs.memoryTypeBits, place);
+  if (types.empty()) {
     fail(kDeviceError, "vulkan: ", device_.physical.described(), ": no memory type for buffers");
   }
-  VkMemoryAllocateInfo allocate{};
-  allocate.sType = VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO;
-  allocate.allocationSize = needs.size;
-  allocate.memoryTypeIndex = *chosen;
-  result = vk.AllocateMemory(device_.handle, &allocate, nullptr, &buffer->memory);
-  if (out_of_memory(result)) return nullptr;
-  device_.check(result, "vkAllocateMemory");
-  device_.check(vk.BindBufferMemory(device_.handle, buffer->handle, buffer->memory, 0),
-                "vkBindBufferMemory");
-  VkFlags properties = device_.physical.memory.memoryTypes[*chosen].propertyFlags;
-  if ((properties & kMapped) == kMapped) {
-    void* mapped = nullptr;
-    result = vk.MapMemory(device_.handle, buffer->memory, 0, kWholeSize, 0, &mapped);
-    // Where the address space is too full to map it, it is copied to as one that is not mapped.
-    if (place == Place::host) device_.check(result, "vkMapMemory");
-    if (result == VK_SUCCESS) buffer->mapped = static_cast<uint8_t*>(mapped);
-    buffer->cached = properties & kCached;
+  auto piece = blocks_.take(types, needs.size, needs.alignment, place == Place::host);
+  if (!piece) return nullptr;
+  buffer->piece = *piece;
+  const Block& block = *piece->block;
+  result = vk.BindBufferMemory(device_.handle, buffer->handle, block.memory, piece->offset);
+  if (is_out_of_memory(result)) return nullptr;
+  device_.check(result, "vkBindBufferMemory");
+  if (block.mapped) {
+    buffer->mapped = block.mapped + piece->offset;
+    buffer->cached = device_.physical.memory.memoryTypes[block.type].propertyFlags & kCached;
   }
   undo.buffer = nullptr;
-  in_use_ += size;
-  peak_ = std::max(peak_, in_use_);
   return buffer.release();
 }
 
+void Memory::unmake(Buffer* buffer) {
+  // Of a lost device the driver is left alone.
+  if (!device_.lost()) device_.vk.DestroyBuffer(device_.handle, buffer->handle, nullptr);
+  if (buffer->piece.block) blocks_.give_back(buffer->piece);
+}
+
 void Memory::destroy(Buffer* buffer) {
-  if (!device_.lost()) {  // else the driver is left alone
-    device_.vk.DestroyBuffer(device_.handle, buffer->handle, nullptr);
-    device_.vk.FreeMemory(device_.handle, buffer->memory, nullptr);
-  }
   in_use_ -= buffer->size;
+  if (SmallBuffers::small(buffer->size) && small_.give(buffer)) return;
+  unmake(buffer);
   delete buffer;
+}
+
+void Memory::release_idle() {
+  while (Buffer* buffer = small_.take_any()) {
+    unmake(buffer);
+    delete buffer;
+  }
+  blocks_.release_idle();
 }
 
 void Memory::fail_out_of_memory(uint64_t bytes) const {

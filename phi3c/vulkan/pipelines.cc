@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "bindings.h"
 #include "cache_file.h"
 
 namespace phi3c::vulkan {
@@ -76,6 +77,8 @@ Pipelines::Pipelines(Device& device, std::string folder)
                 "vkCreatePipelineCache");
 }
 
+Pipelines::~Pipelines() { device_.vk.DestroyPipelineCache(device_.handle, cache_, nullptr); }
+
 void Pipelines::require(const std::string& name, const Shader& shader, uint32_t buffers,
                         uint32_t constant_bytes) const {
   const PhysicalDevice& device = device_.physical;
@@ -135,6 +138,7 @@ Pipeline* Pipelines::create(const std::string& name, const Shader& shader, uint3
   pipeline->name = name;
   pipeline->buffers = buffers;
   pipeline->constant_bytes = constant_bytes;
+  pipeline->writes = written_bindings(shader.words, buffers);
   pipeline->pushes_descriptors = buffers <= device_.physical.max_push_descriptors;
   create_layouts(*pipeline);
 

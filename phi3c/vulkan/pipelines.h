@@ -19,12 +19,16 @@ struct Pipeline {
   uint32_t buffers = 0;         // storage buffers at set 0, bindings 0 …
   uint32_t constant_bytes = 0;  // push constants
   bool pushes_descriptors = false;
+  std::vector<bool> writes;      // by buffer: it may be written
+  double seconds_of_group = 0;   // of the device, for one workgroup (pace.h)
+  uint32_t batches_timed = 0;    // from which that is known
 };
 
 class Pipelines {
  public:
   // `folder`: of the cache's file; empty: none is kept.
   Pipelines(Device& device, std::string folder);
+  ~Pipelines();  // only where opening the device has failed
 
   // Fails if the kernel needs what the device has not.
   Pipeline* create(const std::string& name, const Shader& shader, uint32_t buffers,

@@ -1,5 +1,7 @@
 #include "profile.h"
 
+#include "timestamps.h"
+
 namespace phi3c::vulkan {
 
 void Profile::require_timestamps() const {
@@ -10,24 +12,16 @@ void Profile::require_timestamps() const {
 
 void Profile::before(TimedDispatches& timed, VkCommandBuffer commands, const std::string& kernel) {
   const DeviceFunctions& vk = device_.vk;
-  if (!timed.queries) {
-    VkQueryPoolCreateInfo info{};
-    info.sType = VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO;
-    info.queryType = VK_QUERY_TYPE_TIMESTAMP;
-    info.queryCount = 2 * kMostTimed;
-    device_.check(vk.CreateQueryPool(device_.handle, &info, nullptr, &timed.queries),
-                  "vkCreateQueryPool");
-  }
+  if (!timed.queries) timed.queries = create_timestamps(device_, 2 * kMostTimed);
   uint32_t first = 2 * static_cast<uint32_t>(timed.names.size());
   timed.names.push_back(kernel);
   vk.CmdResetQueryPool(commands, timed.queries, first, 2);
-  // At the bottom of the pipe: once the kernels before have ended.
-  vk.CmdWriteTimestamp(commands, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, timed.queries, first);
+  write_timestamp(device_, commands, timed.queries, first);
 }
 
 void Profile::after(TimedDispatches& timed, VkCommandBuffer commands) {
   uint32_t last = 2 * static_cast<uint32_t>(timed.names.size()) - 1;
-  device_.vk.CmdWriteTimestamp(commands, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, timed.queries, last);
+  write_timestamp(device_, commands, timed.queries, last);
 }
 
 void Profile::collect(TimedDispatches& timed) {
@@ -35,22 +29,14 @@ void Profile::collect(TimedDispatches& timed) {
   std::vector<std::string> names;
   names.swap(timed.names);
   std::vector<uint64_t> ticks(2 * names.size());
-  device_.check(
-      device_.vk.GetQueryPoolResults(device_.handle, timed.queries, 0,
-                                     static_cast<uint32_t>(ticks.size()),
-                                     ticks.size() * sizeof(uint64_t), ticks.data(),
-                                     sizeof(uint64_t),
-                                     VK_QUERY_RESULT_64_BIT | VK_QUERY_RESULT_WAIT_BIT),
-      "vkGetQueryPoolResults");
-  uint32_t bits = device_.physical.timestamp_bits;
-  uint64_t mask = bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
-  double seconds_of_a_tick = device_.physical.properties.limits.timestampPeriod * 1e-9;
+  uint32_t count = static_cast<uint32_t>(ticks.size());
+  if (!read_timestamps(device_, timed.queries, count, ticks.data())) {
+    fail(kDeviceError, "vulkan: ", device_.physical.described(), ": its timestamps cannot be read");
+  }
   for (size_t i = 0; i < names.size(); ++i) {
     KernelTime& time = kernels[names[i]];
     time.count += 1;
-    // Unsigned, so that a counter that wrapped around once is right as well.
-    time.seconds += static_cast<double>((ticks[2 * i + 1] - ticks[2 * i]) & mask) *
-                    seconds_of_a_tick;
+    time.seconds += seconds_between(device_.physical, ticks[2 * i], ticks[2 * i + 1]);
   }
 }
 

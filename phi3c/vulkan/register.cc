@@ -70,6 +70,7 @@ ffi::Map<ffi::String, int64_t> statistics(int64_t device) {
         {"submissions", static_cast<int64_t>(open.stream.submissions)},
         {"bytes_in_use", static_cast<int64_t>(open.memory.in_use())},
         {"peak_bytes", static_cast<int64_t>(open.memory.peak())},
+        {"allocations", static_cast<int64_t>(open.memory.allocations())},
     };
   });
 }

@@ -14,6 +14,10 @@ Chunk* Staging::take() {
   if (spare_.empty() && chunks_.size() < kMostChunks) {
     uint64_t bytes = std::min(kChunkBytes, memory_.largest() / 16 * 16);
     Buffer* buffer = memory_.create(bytes, Place::host);
+    if (!buffer && chunks_.empty()) {
+      memory_.release_idle();
+      buffer = memory_.create(bytes, Place::host);
+    }
     if (!buffer && chunks_.empty()) memory_.fail_out_of_memory(bytes);
     if (!buffer) return nullptr;
     chunks_.push_back(std::make_unique<Chunk>());

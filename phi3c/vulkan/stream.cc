@@ -31,7 +31,7 @@ void barrier(const DeviceFunctions& vk, VkCommandBuffer commands, VkFlags stages
 }  // namespace
 
 Stream::Stream(Device& device, Memory& memory)
-    : profile(device), device_(device), memory_(memory), staging_(memory) {
+    : profile(device), device_(device), memory_(memory), staging_(memory), pace_(device) {
   VkCommandPoolCreateInfo info{};
   info.sType = VK_STRUCTURE_TYPE_COMMAND_POOL_CREATE_INFO;
   info.flags = VK_COMMAND_POOL_CREATE_RESET_COMMAND_BUFFER_BIT;
@@ -40,46 +40,75 @@ Stream::Stream(Device& device, Memory& memory)
                "vkCreateCommandPool");
 }
 
-std::unique_ptr<Stream::Submission> Stream::next_submission() {
-  if (!spare_.empty()) {
-    auto submission = std::move(spare_.back());
-    spare_.pop_back();
-    return submission;
+void Stream::begin(Submission& submission) {
+  const DeviceFunctions& vk = device_.vk;
+  if (!submission.commands) {
+    VkCommandBufferAllocateInfo info{};
+    info.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO;
+    info.commandPool = command_pool_;
+    info.level = VK_COMMAND_BUFFER_LEVEL_PRIMARY;
+    info.commandBufferCount = 1;
+    device_.check(vk.AllocateCommandBuffers(device_.handle, &info, &submission.commands),
+                  "vkAllocateCommandBuffers");
   }
-  auto submission = std::make_unique<Submission>();
-  VkCommandBufferAllocateInfo info{};
-  info.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO;
-  info.commandPool = command_pool_;
-  info.level = VK_COMMAND_BUFFER_LEVEL_PRIMARY;
-  info.commandBufferCount = 1;
-  device_.check(
-      device_.vk.AllocateCommandBuffers(device_.handle, &info, &submission->commands),
-      "vkAllocateCommandBuffers");
-  VkFenceCreateInfo fence{};
-  fence.sType = VK_STRUCTURE_TYPE_FENCE_CREATE_INFO;
-  device_.check(device_.vk.CreateFence(device_.handle, &fence, nullptr, &submission->fence),
-                "vkCreateFence");
-  return submission;
+  if (!submission.fence) {
+    VkFenceCreateInfo info{};
+    info.sType = VK_STRUCTURE_TYPE_FENCE_CREATE_INFO;
+    device_.check(vk.CreateFence(device_.handle, &info, nullptr, &submission.fence),
+                  "vkCreateFence");
+  }
+  VkCommandBufferBeginInfo info{};
+  info.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO;
+  info.flags = VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT;
+  device_.check(vk.BeginCommandBuffer(submission.commands, &info), "vkBeginCommandBuffer");
+  pace_.begin(submission.paced, submission.commands);
 }
 
 Stream::Submission& Stream::record() {
+  if (recording_ && recording_->ended) submit();  // there was no memory for it before
   if (!recording_) {
     poll();
-    auto submission = next_submission();
-    VkCommandBufferBeginInfo info{};
-    info.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO;
-    info.flags = VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT;
-    device_.check(device_.vk.BeginCommandBuffer(submission->commands, &info),
-                  "vkBeginCommandBuffer");
-    submission->serial = ++serial_;
-    recording_ = std::move(submission);
+    if (spare_.empty()) spare_.push_back(std::make_unique<Submission>());
+    begin(*spare_.back());
+    recording_ = std::move(spare_.back());
+    spare_.pop_back();
+    recording_->serial = ++serial_;
   }
-  // Also at the start of a batch: those before it on the queue are in the barrier's scope.
-  barrier(device_.vk, recording_->commands, kWork, kReads | kWrites);
   return *recording_;
 }
 
-void Stream::dispatch(const Pipeline& pipeline, const std::vector<Buffer*>& buffers,
+void Stream::order(Submission& submission, bool wait) {
+  if (!wait) return;
+  barrier(device_.vk, submission.commands, kWork, kReads | kWrites);
+  barriers_.passed();
+}
+
+void Stream::order(Submission& submission, std::initializer_list<Access> accesses) {
+  bool wait = false;
+  for (const Access& access : accesses) {
+    wait = wait || barriers_.needed(*access.buffer, access.writes);
+  }
+  order(submission, wait);
+  for (const Access& access : accesses) {
+    barriers_.used(*access.buffer, access.writes);
+    access.buffer->last_use = submission.serial;
+  }
+}
+
+void Stream::order(Submission& submission, const Pipeline& pipeline,
+                   const std::vector<Buffer*>& buffers) {
+  bool wait = profile.active;  // a kernel's time is its own
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    wait = wait || barriers_.needed(*buffers[i], pipeline.writes[i]);
+  }
+  order(submission, wait);
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    barriers_.used(*buffers[i], pipeline.writes[i]);
+    buffers[i]->last_use = submission.serial;
+  }
+}
+
+void Stream::dispatch(Pipeline& pipeline, const std::vector<Buffer*>& buffers,
                       const void* constants, const uint32_t groups[3]) {
   const DeviceFunctions& vk = device_.vk;
   Submission& submission = record();
@@ -97,8 +126,8 @@ void Stream::dispatch(const Pipeline& pipeline, const std::vector<Buffer*>& buff
     writes[i].descriptorCount = 1;
     writes[i].descriptorType = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER;
     writes[i].pBufferInfo = &infos[i];
-    buffers[i]->last_use = submission.serial;
   }
+  order(submission, pipeline, buffers);
   if (profile.active) profile.before(submission.timed, commands, pipeline.name);
   uint32_t count = static_cast<uint32_t>(writes.size());
   constexpr auto kCompute = VK_PIPELINE_BIND_POINT_COMPUTE;
@@ -117,9 +146,10 @@ void Stream::dispatch(const Pipeline& pipeline, const std::vector<Buffer*>& buff
   if (profile.active) profile.after(submission.timed, commands);
   ++dispatches;
   ++submission.dispatches;
-  if (submission.dispatches >= kBatch ||
+  pace_.add(submission.paced, pipeline, uint64_t{groups[0]} * groups[1] * groups[2]);
+  if (submission.dispatches >= kBatch || Pace::full(submission.paced) ||
       (in_flight_.empty() && submission.dispatches >= kBatchOfIdleDevice)) {
-    submit();
+    submit_or_later();
   }
 }
 
@@ -194,8 +224,8 @@ void Stream::upload(Buffer& to, uint64_t offset, const void* from, uint64_t byte
   const DeviceFunctions& vk = device_.vk;
   if (offset % 4 == 0 && bytes % 4 == 0 && bytes <= kMostUpdateBytes) {
     Submission& submission = record();
+    order(submission, {{&to, true}});
     vk.CmdUpdateBuffer(submission.commands, to.handle, offset, bytes, from);
-    to.last_use = submission.serial;
     return;
   }
   const auto* source = static_cast<const uint8_t*>(from);
@@ -204,10 +234,8 @@ void Stream::upload(Buffer& to, uint64_t offset, const void* from, uint64_t byte
     Submission& submission = record();
     uint64_t part = std::min(bytes, chunk.left());
     std::memcpy(chunk.buffer->mapped + chunk.used, source, part);
-    VkBufferCopy region{chunk.used, offset, part};
-    vk.CmdCopyBuffer(submission.commands, chunk.buffer->handle, to.handle, 1, &region);
+    copy(submission, *chunk.buffer, to, {chunk.used, offset, part});
     chunk.used = std::min(chunk.buffer->size, (chunk.used + part + 15) / 16 * 16);
-    to.last_use = submission.serial;
     source += part;
     offset += part;
     bytes -= part;
@@ -229,10 +257,8 @@ void Stream::download(Buffer& from, uint64_t offset, void* to, uint64_t bytes) {
     Submission& submission = record();
     uint64_t begin = chunk.used;
     uint64_t part = std::min(bytes, chunk.left());
-    VkBufferCopy region{offset, begin, part};
-    device_.vk.CmdCopyBuffer(submission.commands, from.handle, chunk.buffer->handle, 1, &region);
+    copy(submission, from, *chunk.buffer, {offset, begin, part});
     chunk.used += part;
-    from.last_use = submission.serial;
     const uint8_t* mapped = chunk.buffer->mapped + begin;
     uint64_t serial = submission.serial;
     submit();
@@ -246,27 +272,49 @@ void Stream::download(Buffer& from, uint64_t offset, void* to, uint64_t bytes) {
 
 void Stream::copy(Buffer& from, uint64_t from_offset, Buffer& to, uint64_t to_offset,
                   uint64_t bytes) {
-  Submission& submission = record();
-  VkBufferCopy region{from_offset, to_offset, bytes};
+  copy(record(), from, to, {from_offset, to_offset, bytes});
+  if (Pace::full(recording_->paced)) submit_or_later();
+}
+
+void Stream::copy(Submission& submission, Buffer& from, Buffer& to, const VkBufferCopy& region) {
+  order(submission, {{&from, false}, {&to, true}});
   device_.vk.CmdCopyBuffer(submission.commands, from.handle, to.handle, 1, &region);
-  from.last_use = to.last_use = submission.serial;
+  pace_.add_copy(submission.paced, region.size);
 }
 
 void Stream::submit() {
   if (!recording_) return;
   const DeviceFunctions& vk = device_.vk;
-  // The fence alone does not make what the kernels wrote visible to the host.
-  barrier(vk, recording_->commands, VK_PIPELINE_STAGE_HOST_BIT, VK_ACCESS_HOST_READ_BIT);
-  in_flight_.push_back(std::move(recording_));
-  Submission& submission = *in_flight_.back();
-  device_.check_fatal(vk.EndCommandBuffer(submission.commands), "vkEndCommandBuffer");
+  Submission& submission = *recording_;
+  if (!submission.ended) {
+    pace_.end(submission.paced, submission.commands);
+    // The fence alone does not make what the kernels wrote visible to the host.
+    barrier(vk, submission.commands, VK_PIPELINE_STAGE_HOST_BIT, VK_ACCESS_HOST_READ_BIT);
+    device_.check_fatal(vk.EndCommandBuffer(submission.commands), "vkEndCommandBuffer");
+    submission.ended = true;
+  }
   VkSubmitInfo info{};
   info.sType = VK_STRUCTURE_TYPE_SUBMIT_INFO;
   info.commandBufferCount = 1;
   info.pCommandBuffers = &submission.commands;
-  device_.check_fatal(vk.QueueSubmit(device_.queue, 1, &info, submission.fence), "vkQueueSubmit");
+  VkResult result = vk.QueueSubmit(device_.queue, 1, &info, submission.fence);
+  if (is_out_of_memory(result)) {  // what is done gives some back
+    wait(serial_);
+    memory_.release_idle();
+    result = vk.QueueSubmit(device_.queue, 1, &info, submission.fence);
+  }
+  device_.check_fatal_unless_memory(result, "vkQueueSubmit");
+  in_flight_.push_back(std::move(recording_));
   ++submissions;
   if (in_flight_.size() > kMostInFlight) wait(in_flight_.front()->serial);
+}
+
+void Stream::submit_or_later() {
+  try {
+    submit();
+  } catch (const Failure&) {
+    if (device_.lost()) throw;
+  }
 }
 
 void Stream::wait(uint64_t serial) {
@@ -274,12 +322,12 @@ void Stream::wait(uint64_t serial) {
   while (!in_flight_.empty()) {
     Submission& oldest = *in_flight_.front();
     if (oldest.serial <= serial) {
-      device_.check_fatal(vk.WaitForFences(device_.handle, 1, &oldest.fence, true, UINT64_MAX),
-                          "vkWaitForFences");
+      device_.check_fatal_unless_memory(
+          vk.WaitForFences(device_.handle, 1, &oldest.fence, true, UINT64_MAX), "vkWaitForFences");
     } else {
       VkResult result = vk.GetFenceStatus(device_.handle, oldest.fence);
       if (result == VK_NOT_READY) return;
-      device_.check_fatal(result, "vkGetFenceStatus");
+      device_.check_fatal_unless_memory(result, "vkGetFenceStatus");
     }
     auto done = std::move(in_flight_.front());
     in_flight_.pop_front();
@@ -290,6 +338,7 @@ void Stream::wait(uint64_t serial) {
 
 void Stream::finish(std::unique_ptr<Submission> submission) {
   const DeviceFunctions& vk = device_.vk;
+  pace_.learn(submission->paced);
   for (Chunk* chunk : submission->chunks) staging_.give_back(chunk);
   for (Buffer* buffer : submission->buffers) memory_.destroy(buffer);
   for (auto& [pipeline, owner] : submission->pipelines) owner->destroy(pipeline);
@@ -303,6 +352,7 @@ void Stream::finish(std::unique_ptr<Submission> submission) {
   submission->pipelines.clear();
   submission->pools.clear();
   submission->dispatches = 0;
+  submission->ended = false;
   profile.collect(submission->timed);
   device_.check(vk.ResetFences(device_.handle, 1, &submission->fence), "vkResetFences");
   spare_.push_back(std::move(submission));

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 #include <deque>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "barriers.h"
 #include "memory.h"
+#include "pace.h"
 #include "pipelines.h"
 #include "profile.h"
 #include "staging.h"
@@ -19,7 +22,7 @@ class Stream {
   Stream(Device& device, Memory& memory);
 
   // `constants`: the pipeline's push constants. `groups`: workgroups along x, y, z; none is 0.
-  void dispatch(const Pipeline& pipeline, const std::vector<Buffer*>& buffers,
+  void dispatch(Pipeline& pipeline, const std::vector<Buffer*>& buffers,
                 const void* constants, const uint32_t groups[3]);
 
   // From and to the host's memory; `offset` and `bytes` may be odd. The host's bytes have been
@@ -28,7 +31,7 @@ class Stream {
   void download(Buffer& from, uint64_t offset, void* to, uint64_t bytes);
   void copy(Buffer& from, uint64_t from_offset, Buffer& to, uint64_t to_offset, uint64_t bytes);
 
-  // Sends what is recorded to the device.
+  // Sends what is recorded to the device. Where it has no memory for that, what is recorded stays.
   void submit();
 
   // Submits, and waits until all is done.
@@ -44,12 +47,17 @@ class Stream {
   uint64_t submissions = 0;
 
  private:
+  // Where there is no memory to submit, says so when the next command comes: this one is recorded.
+  void submit_or_later();
+
   // One batch. Its objects are used again after it is done.
   struct Submission {
     uint64_t serial = 0;
     VkCommandBuffer commands = nullptr;
     VkFence fence = nullptr;
+    bool ended = false;  // nothing can be recorded any more
     uint32_t dispatches = 0;
+    PacedBatch paced;
     std::vector<VkDescriptorPool> pools;
     std::vector<Chunk*> chunks;
     TimedDispatches timed;
@@ -58,9 +66,19 @@ class Stream {
     std::vector<std::pair<Pipeline*, Pipelines*>> pipelines;
   };
 
-  // The commands being recorded, after a barrier: what follows sees all that came before.
+  struct Access {
+    Buffer* buffer;
+    bool writes;
+  };
+
+  // The batch being recorded.
   Submission& record();
-  std::unique_ptr<Submission> next_submission();
+  void begin(Submission& submission);
+  // To be called before each command, with its buffers: puts a barrier where it needs one.
+  void order(Submission& submission, std::initializer_list<Access> accesses);
+  void order(Submission& submission, const Pipeline& pipeline, const std::vector<Buffer*>& buffers);
+  void order(Submission& submission, bool wait);
+  void copy(Submission& submission, Buffer& from, Buffer& to, const VkBufferCopy& region);
   VkDescriptorSet descriptor_set(Submission& submission, const Pipeline& pipeline);
   VkDescriptorPool new_pool(uint32_t buffers);
   // Some of a staging chunk, that this batch will use: at most `bytes`, at least 1.
@@ -76,6 +94,8 @@ class Stream {
   Device& device_;
   Memory& memory_;
   Staging staging_;
+  Pace pace_;
+  Barriers barriers_;
   VkCommandPool command_pool_ = nullptr;
   uint64_t serial_ = 0;     // of the batch that was begun last
   uint64_t completed_ = 0;  // all up to it are done
