@@ -421,8 +421,8 @@ class Block(importlib.abc.MetaPathFinder):
         package, _, rest = name.partition(".")
         unit = rest.partition(".")[0]
         if package == "phi3c" and unit not in {
-            "", "adapters", "artifact", "config", "cuda", "errors", "hub", "manifest", "memory",
-            "runtime", "tensor_file", "triple", "vulkan"
+            "", "adapters", "artifact", "config", "cuda", "errors", "hub", "logit_blocks",
+            "manifest", "memory", "runtime", "tensor_file", "triple", "vulkan"
         }:
             raise ImportError(f"{name} is blocked")
 

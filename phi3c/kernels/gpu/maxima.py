@@ -26,10 +26,14 @@ def block_maxima(limits: GpuLimits, vocab_size: int, blocks: int):
     depth = -(-rows // teams)
 
     @T.inline
-    def rank(bits, key):
-        magnitude: T.let = T.bitwise_and(bits, T.int32(_MAGNITUDE))
-        number: T.let = T.Select(bits < 0, -magnitude, magnitude)
-        key[0] = T.Select(magnitude > T.int32(_INFINITY), T.int32(_NAN), number)
+    def rank(value, bits, key):
+        """key[0]: an integer in the order of the logits."""
+        bits[0] = T.reinterpret("int32", value)
+        key[0] = T.bitwise_and(bits[0], T.int32(_MAGNITUDE))
+        if key[0] > T.int32(_INFINITY):
+            key[0] = T.int32(_NAN)
+        elif bits[0] < 0:
+            key[0] = -key[0]
 
     @T.prim_func(private=True, s_tir=True)
     def func(logits: T.handle, out: T.handle):
@@ -42,6 +46,7 @@ def block_maxima(limits: GpuLimits, vocab_size: int, blocks: int):
                     for tx in T.thread_binding(LANES, thread="threadIdx.x"):
                         keys = T.alloc_buffer((teams * LANES,), "int32", scope="shared")
                         ids = T.alloc_buffer((teams * LANES,), "int32", scope="shared")
+                        bits = T.alloc_buffer((1,), "int32", scope="local")
                         key = T.alloc_buffer((1,), "int32", scope="local")
                         key_id = T.alloc_buffer((1,), "int32", scope="local")
                         best = T.alloc_buffer((1,), "int32", scope="local")
@@ -53,7 +58,7 @@ def block_maxima(limits: GpuLimits, vocab_size: int, blocks: int):
                             for j in T.serial(depth):
                                 token = T.meta_var((ty * depth + j) * blocks + block)
                                 if token < vocab_size:
-                                    rank(T.reinterpret("int32", X[0, i, token]), key)
+                                    rank(X[0, i, token], bits, key)
                                     if key[0] > best[0]:
                                         best[0] = key[0]
                                         best_id[0] = T.Cast("int32", token)
