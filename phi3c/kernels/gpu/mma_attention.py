@@ -22,34 +22,35 @@ from .visible import NEVER, NO_WINDOW, key_of
 
 _WARP = 32
 _WARPS = 4
-_THREADS = _WARPS * _WARP
-_KEYS = 64  # of a step
-_BLOCKS = _KEYS // KV_BLOCK
-_COPIERS = _THREADS // _BLOCKS  # threads that bring a KV block
+THREADS = _WARPS * _WARP
+KEYS = 64  # of a step
+_BLOCKS = KEYS // KV_BLOCK
+_COPIERS = THREADS // _BLOCKS  # threads that bring a KV block
 _VECTOR = 8  # halves of a copy: 16 bytes
-_LARGEST = 128  # head_dim that registers and shared memory hold
 _ALL = 0xFFFFFFFF  # lanes
 
-
-def tile_rows(head_dim: int) -> int:
-    """Query rows of a workgroup.
-
-    With 32 rows of a warp a fragment of keys or values is read from shared memory for two
-    multiplications; more than 96 dimensions leave registers for 16.
-    """
-    return _WARPS * 16 * _down(head_dim)
+# Query rows of a workgroup. Of LARGE a warp has 32, and reads a fragment of keys or values from
+# shared memory for two multiplications; its sums and scores fill the registers at 96 dimensions.
+SMALL, LARGE = _WARPS * 16, _WARPS * 32
+_LARGEST = {SMALL: 128, LARGE: 96}  # head_dim
+_BUSY = 256  # workgroups that a large GPU wants
 
 
-def _down(head_dim: int) -> int:
-    return 2 if head_dim <= 96 else 1
+def rows_of_large(heads: int, head_dim: int) -> int | None:
+    """From more rows than this on, LARGE tiles are enough to keep a large GPU busy; None: never."""
+    return _BUSY // heads * LARGE if head_dim <= _LARGEST[LARGE] else None
 
 
 def has_mma_attention(limits: GpuLimits, head_dim: int, dtype: str, kv_dtype: str) -> bool:
     """Whether products in float16 keep what queries and pages hold, and a workgroup has room."""
-    if dtype != "float16" or kv_dtype != "float16" or head_dim % 16 or head_dim > _LARGEST:
+    if dtype != "float16" or kv_dtype != "float16" or head_dim % 16 or head_dim > _LARGEST[SMALL]:
         return False
-    shared = (tile_rows(head_dim) + 2 * _KEYS) * head_dim * 2
-    return shared <= limits.shared_bytes and _THREADS <= limits.threads
+    rows = LARGE if head_dim <= _LARGEST[LARGE] else SMALL
+    return shared_bytes(rows, head_dim) <= limits.shared_bytes and THREADS <= limits.threads
+
+
+def shared_bytes(rows: int, head_dim: int) -> int:
+    return (rows + 2 * KEYS) * head_dim * 2
 
 
 def _place(width: int, row, chunk):
@@ -71,14 +72,17 @@ def neighbour(value, other):
     return T.tvm_warp_shuffle_xor(T.uint32(_ALL), value, other, _WARP, _WARP)
 
 
-def mma_attention(heads: int, kv_heads: int, head_dim: int, window: int | None):
-    """Returns the inline function `attend`, a kernel, as prefill_attention.py has it."""
+def mma_attention(rows: int, heads: int, kv_heads: int, head_dim: int, window: int | None):
+    """Returns the inline function `attend`, a kernel, as prefill_attention.py has it.
+
+    rows: SMALL or LARGE.
+    """
     group = heads // kv_heads
     reach = window or NO_WINDOW
-    down = _down(head_dim)  # fragments of 16 rows of a warp
-    rows = _WARPS * 16 * down
+    unused = 0 if window else 1  # of a key's position, enter and leave: without a window the first
+    down = rows // (_WARPS * 16)  # fragments of 16 rows of a warp
     depth = head_dim // 16  # multiplications along the dimensions
-    across = _KEYS // 8  # fragments of scores
+    across = KEYS // 8  # fragments of scores
     wide = head_dim // 8  # fragments of weighted values
     block_halves = KV_BLOCK * head_dim
     copies = 2 * head_dim // _COPIERS  # of a thread
@@ -86,8 +90,8 @@ def mma_attention(heads: int, kv_heads: int, head_dim: int, window: int | None):
 
     @T.inline
     def fetch_queries(Q, q, first, last, h, tx):
-        for i in T.unroll(rows * wide // _THREADS):
-            c = T.meta_var(i * _THREADS + tx)
+        for i in T.unroll(rows * wide // THREADS):
+            c = T.meta_var(i * THREADS + tx)
             r = T.meta_var(first + T.min(c // wide, last))
             T.ptx["cp.async.cg.shared.global"](
                 q.access_ptr("w", offset=_place(wide, c // wide, c % wide)),
@@ -129,6 +133,12 @@ def mma_attention(heads: int, kv_heads: int, head_dim: int, window: int | None):
         """All that this workgroup fetches."""
         T.ptx["cp.async.wait_group"](0)
         T.tvm_storage_sync("shared")
+
+    def visible(key, position, late, early):
+        """Whether a query sees a key: late and early are its `enter`. Whether one of several does:
+        the first of their positions, the last and the first `enter`; whether all do: the others."""
+        between = T.And(key[1] <= late, early < key[2])
+        return T.And(between, key[0] > position - reach) if window else between
 
     def across_warp(operator):
         @T.inline
@@ -187,16 +197,18 @@ def mma_attention(heads: int, kv_heads: int, head_dim: int, window: int | None):
         order = T.alloc_buffer((down * 2,), "int32", scope="local")
         for i in T.unroll(down * 2):
             r: T.let = first + T.min(row + i * 8 + lane // 4, last)
-            place[i] = POS[r] - reach
+            place[i] = POS[r]
             order[i] = ENTER[r]
         for j in T.unroll(across):
             for p in T.unroll(2):
                 k = T.alloc_buffer((3,), "int32", scope="local")
-                for e in T.unroll(3):
-                    k[e] = from_thread(key[j // 4 * 3 + e], j % 4 * 8 + lane % 4 * 2 + p)
+                for e in T.unroll(3 - unused):
+                    k[unused + e] = from_thread(
+                        key[j // 4 * 3 + unused + e], j % 4 * 8 + lane % 4 * 2 + p
+                    )
                 for i in T.unroll(down * 2):
                     S[(i // 2 * across + j) * 4 + i % 2 * 2 + p] = T.Select(
-                        T.And(T.And(k[1] <= order[i], order[i] < k[2]), k[0] > place[i]),
+                        visible(k, place[i], order[i], order[i]),
                         T.float32(0),
                         T.float32(MASKED),
                     )
@@ -233,7 +245,7 @@ def mma_attention(heads: int, kv_heads: int, head_dim: int, window: int | None):
     # Two fragments of scores that are neighbours lie in a thread as one of the first operand.
     @T.inline
     def weighted_values(V, S, O, lane):
-        for k in T.unroll(_KEYS // 16):
+        for k in T.unroll(KEYS // 16):
             w = T.alloc_buffer((down * 8,), "float16", scope="local")
             for i in T.unroll(down):
                 for e in T.unroll(8):
@@ -270,28 +282,42 @@ def mma_attention(heads: int, kv_heads: int, head_dim: int, window: int | None):
                                 "float16", O[(i * wide + j) * 4 + g * 2 + v] * part[0]
                             )
 
+    # Two keys of a step for every thread of a warp; some: whether a row of the warp sees one, all:
+    # whether each row sees all of them.
+    @T.inline
+    def look(QI, POS, ENTER, LEAVE, seen, key, some, all, b, slot, new, end, start, lane):
+        some[0] = 0
+        all[0] = 1
+        for i in T.unroll(2):
+            one = T.alloc_buffer((3,), "int32", scope="local")
+            mine: T.let = slot + i * _WARP + lane
+            key_of(mine, mine - new, end, start + mine, QI, POS, ENTER, LEAVE, b, one)
+            for e in T.unroll(3):
+                key[i * 3 + e] = one[e]
+            some[0] = T.Select(visible(one, seen[0], seen[3], seen[2]), 1, some[0])
+            all[0] = T.Select(visible(one, seen[1], seen[2], seen[3]), all[0], 0)
+
     # The barriers are all here, and TVM's own are off: it does not know what the copies write.
     @T.inline
     def attend(Q, P, QI, BI, B, START, LENGTH, POS, ENTER, LEAVE, OUT, n, batch):
         for bx in T.thread_binding(n // rows + batch, thread="blockIdx.x"):
             for h in T.thread_binding(heads, thread="blockIdx.y"):
-                for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
-                    K = T.alloc_buffer((_KEYS * head_dim,), "float16", scope="shared")
-                    V = T.alloc_buffer((_KEYS * head_dim,), "float16", scope="shared")
+                for tx in T.thread_binding(THREADS, thread="threadIdx.x"):
+                    K = T.alloc_buffer((KEYS * head_dim,), "float16", scope="shared")
+                    V = T.alloc_buffer((KEYS * head_dim,), "float16", scope="shared")
                     q = T.alloc_buffer((rows * head_dim,), "float16", scope="shared")
                     S = T.alloc_buffer((down * across * 4,), "float32", scope="local")
                     O = T.alloc_buffer((down * wide * 4,), "float32", scope="local")
                     best = T.alloc_buffer((down * 2,), "float32", scope="local")
                     total = T.alloc_buffer((down * 2,), "float32", scope="local")
                     key = T.alloc_buffer((6,), "int32", scope="local")
-                    one = T.alloc_buffer((3,), "int32", scope="local")
                     seen = T.alloc_buffer((4,), "int32", scope="local")
                     found = T.alloc_buffer((1,), "int32", scope="local")
                     oldest = T.alloc_buffer((1,), "int32", scope="local")
-                    visible = T.alloc_buffer((2,), "int32", scope="local")
                     block = T.alloc_buffer((1,), "int32", scope="local")
                     steps = T.alloc_buffer((1,), "int32", scope="local")
                     some = T.alloc_buffer((1,), "int32", scope="local")
+                    all = T.alloc_buffer((1,), "int32", scope="local")
                     with T.attr(0, "hand_threaded", 0):
                         # Of a prompt the last tiles have the most keys: they begin first.
                         place: T.let = T.Cast("int32", n // rows + batch - 1 - bx)
@@ -330,39 +356,19 @@ def mma_attention(heads: int, kv_heads: int, head_dim: int, window: int | None):
                             fetch_keys(P, K, block[0], kvh, end - own * KV_BLOCK, tx)
                         for step in T.serial(steps[0]):
                             at: T.let = base + step * _BLOCKS
-                            # Two keys of a step for every thread of a warp.
-                            visible[0] = 0
-                            visible[1] = 0
-                            for i in T.unroll(2):
-                                slot: T.let = at * KV_BLOCK + i * _WARP + lane
-                                nth: T.let = START[b] + slot - LENGTH[b]
-                                key_of(
-                                    slot, nth, end, START[b] + slot, QI, POS, ENTER, LEAVE, b, one
-                                )
-                                for e in T.unroll(3):
-                                    key[i * 3 + e] = one[e]
-                                visible[0] = T.Select(
-                                    T.And(
-                                        T.And(one[1] <= seen[3], seen[2] < one[2]),
-                                        T.And(one[0] > seen[0] - reach, row < n_rows),
-                                    ),
-                                    1,
-                                    visible[0],
-                                )
-                                visible[1] = T.Select(
-                                    T.And(
-                                        T.And(one[1] <= seen[2], seen[3] < one[2]),
-                                        one[0] > seen[1] - reach,
-                                    ),
-                                    visible[1],
-                                    1,
-                                )
-                            some[0] = T.cuda.any_sync(T.uint32(_ALL), visible[0])
-                            if T.cuda.any_sync(T.uint32(_ALL), visible[1]) != 0:
-                                mask(POS, ENTER, S, key, first, last, row, lane)
-                            else:
-                                for i in T.unroll(down * across * 4):
-                                    S[i] = T.float32(0)
+                            look(
+                                QI, POS, ENTER, LEAVE, seen, key, some, all, b,
+                                at * KV_BLOCK, LENGTH[b] - START[b], end, START[b], lane,
+                            )  # fmt: skip
+                            some[0] = T.cuda.any_sync(
+                                T.uint32(_ALL), T.Select(row < n_rows, some[0], 0)
+                            )
+                            if some[0] != 0:
+                                if T.cuda.any_sync(T.uint32(_ALL), 1 - all[0]) != 0:
+                                    mask(POS, ENTER, S, key, first, last, row, lane)
+                                else:
+                                    for i in T.unroll(down * across * 4):
+                                        S[i] = T.float32(0)
                             arrived()
                             fetch_values(
                                 P, V, block[0], kvh, end - (at + tx // _COPIERS) * KV_BLOCK, tx

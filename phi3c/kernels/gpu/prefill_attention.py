@@ -5,7 +5,7 @@ from tvm.script import tirx as T
 from ..layout import KV_BLOCK
 from ..root import hand_scheduled
 from .limits import GpuLimits, MatrixUnits
-from .mma_attention import has_mma_attention, mma_attention
+from .mma_attention import LARGE, SMALL, has_mma_attention, mma_attention, rows_of_large
 from .portable_attention import portable_attention
 
 
@@ -29,10 +29,14 @@ def prefill_attention(
     tree. A query at position p sees keys at positions p − window + 1 … p (config field
     sliding_window) that are old tokens, itself, or its ancestors (visible.py).
     """
+    shape = (heads, kv_heads, head_dim)
     if matrix == "mma" and has_mma_attention(limits, head_dim, dtype, kv_dtype):
-        attend = mma_attention(heads, kv_heads, head_dim, window)
+        many_from = rows_of_large(heads, head_dim)
+        attend = few = mma_attention(SMALL, *shape, window)
+        if many_from is not None:
+            attend = by_rows(many_from, few, mma_attention(LARGE, *shape, window))
     else:
-        attend = portable_attention(dtype, heads, kv_heads, head_dim, kv_dtype, window)
+        attend = portable_attention(dtype, *shape, kv_dtype, window)
 
     @T.prim_func(private=True, s_tir=True)
     def func(
@@ -66,3 +70,16 @@ def prefill_attention(
         attend(Q, P, QI, BI, B, START, LENGTH, POS, ENTER, LEAVE, OUT, n, batch)
 
     return hand_scheduled(func)
+
+
+def by_rows(many_from: int, few, many):
+    """One kernel or the other; the host chooses, as in linear.py."""
+
+    @T.inline
+    def attend(Q, P, QI, BI, B, START, LENGTH, POS, ENTER, LEAVE, OUT, n, batch):
+        for _ in T.serial(T.Cast("int64", n <= many_from)):
+            few(Q, P, QI, BI, B, START, LENGTH, POS, ENTER, LEAVE, OUT, n, batch)
+        for _ in T.serial(T.Cast("int64", n > many_from)):
+            many(Q, P, QI, BI, B, START, LENGTH, POS, ENTER, LEAVE, OUT, n, batch)
+
+    return attend
