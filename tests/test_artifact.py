@@ -236,12 +236,12 @@ def test_a_missing_folder_or_manifest_is_refused(tmp_path):
         ("3", "not the manifest of a phi3c artifact"),
         ("{}", "not the manifest of a phi3c artifact"),
         ('{"manifest_version": 3, "name": "x"}', "not the manifest of a phi3c artifact"),
-        ('{"format": "phi3c"}', "format_version: found None; accepted: 4"),
-        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 4. Make it again"),
-        ('{"format": "phi3c", "format_version": 3}', "found 3; accepted: 4. Make it again"),
-        ('{"format": "phi3c", "format_version": 4}', "edited by hand or damaged"),
-        (signed({"format": "phi3c", "format_version": 4}), "broken manifest"),
-        (signed({"format": "phi3c-weights", "format_version": 4}), "not the manifest of a phi3c"),
+        ('{"format": "phi3c"}', "format_version: found None; accepted: 5"),
+        ('{"format": "phi3c", "format_version": 99}', "found 99; accepted: 5. Make it again"),
+        ('{"format": "phi3c", "format_version": 3}', "found 3; accepted: 5. Make it again"),
+        ('{"format": "phi3c", "format_version": 5}', "edited by hand or damaged"),
+        (signed({"format": "phi3c", "format_version": 5}), "broken manifest"),
+        (signed({"format": "phi3c-weights", "format_version": 5}), "not the manifest of a phi3c"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path, text, message):
