@@ -153,7 +153,9 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_compile_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("compilation (defaults in brackets)")
-    group.add_argument("--target", help="cpu[:<mcpu>[:<triple>]], cuda[:<arch>], vulkan (cpu)")
+    group.add_argument(
+        "--target", help="cpu[:<mcpu>[:<triple>]], cuda[:<arch>], vulkan[:<index>], metal (cpu)"
+    )
     group.add_argument("--quantization", metavar="SCHEME", help="weight scheme (q4f16_1)")
     group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (8)")
     group.add_argument("--context-length", type=int, metavar="N", help="tokens (at most 4096)")

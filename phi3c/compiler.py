@@ -53,8 +53,8 @@ def compile(
     source: checkpoint folder, .gguf file, config JSON (random weights from `seed`), Hugging Face
     repo id, or a folder of `convert`.
     target: `cpu` (this machine's), `cpu:<mcpu>`, `cpu:<mcpu>:<triple>`, `cuda:<arch>`,
-    `cuda:native`, `vulkan` or `metal`. For a Mac, where nothing here can link its library, the
-    artifact has the objects: link.py.
+    `cuda:native`, `vulkan`, `vulkan:<index>`, `vulkan:native` or `metal`. For a Mac, where nothing
+    here can link its library, the artifact has the objects: link.py.
     quantization: a scheme's name. output: new or empty folder, or an artifact to replace.
     max_batch_size: sequences in a forward; prefill_chunk_size: new tokens in a forward;
     context_length: tokens in a sequence, by default 4096 or the config's max_position_embeddings if

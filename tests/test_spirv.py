@@ -691,6 +691,23 @@ def test_every_kernel_of_a_model_is_valid(name, tmp_path, valid):
     assert (needs.subgroup_size, needs.subgroup_operations) == (0, 0)
 
 
+@needs_device
+def test_a_device_with_more_gets_the_same_kernels(tmp_path):
+    """Nothing that TVM does hangs on the further attributes."""
+    config, scheme, limits = (
+        Phi3Config.from_file(CONFIGS / "tiny.json"),
+        "q4f16_1",
+        Limits(2, 64, 16),
+    )
+    made = []
+    for name in ("vulkan", "vulkan:native"):
+        with collected() as kernels:
+            path = tmp_path / "model.tar"
+            compile_library(config, parse_scheme(scheme), parse_target(name), limits, path)
+        made.append(kernels)
+    assert made[0] == made[1]
+
+
 @pytest.fixture(scope="module")
 def valid() -> set[bytes]:
     """Code that spirv-val has seen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .conversion import converted
 from .module import BOOL, UINT32, DType, EmitError, Module
 from .narrow import fitted, loaded, stored
 from .opcodes import Capability, Glsl, Op, Scope, Storage
@@ -157,7 +158,7 @@ class Expressions:
         found_dtype = memory.dtype.of_lanes(dtype.lanes)
         values = [self._load(memory, place) for place in self._places(node.indices[0])]
         found = values[0] if len(values) == 1 else self.module.construct(found_dtype, values)
-        return self.converted(found, found_dtype, dtype)
+        return converted(self.module, found, found_dtype, dtype)
 
     def _load(self, memory: Memory, place: int) -> int:
         pointer = self._pointer(memory, place)
@@ -173,7 +174,7 @@ class Expressions:
         if rounded_here and dtype.is_a("float", 16) and dtype_of(value.value).is_a("float", 32):
             found = self.expression(value.value)
         else:
-            found = self.converted(self.expression(value), dtype, wanted)
+            found = converted(self.module, self.expression(value), dtype, wanted)
         for lane, place in enumerate(self._places(index)):
             pointer = self._pointer(memory, place)
             one = self._lane(found, wanted, lane)
@@ -282,42 +283,9 @@ class Expressions:
         return self.module.value(op, self.type_of(dtype_of(node)), *values)
 
     def _emit_Cast(self, node) -> int:
-        return self.converted(self.expression(node.value), dtype_of(node.value), dtype_of(node))
-
-    def converted(self, value: int, source: DType, target: DType) -> int:
-        """As C converts: floats to integers towards zero, integers modulo their width."""
-        if source == target:
-            return value
-        converted = self._carried_as(value, source, target)
-        return converted if _holds(target, source) else fitted(self.module, converted, target)
-
-    def _carried_as(self, value: int, source: DType, target: DType) -> int:
-        """Carried values as those that carry the target, which they may not fit."""
-        module, source, target = self.module, source.carried, target.carried
-        result = module.type(target)
-        if source == target:
-            return value
-        if target.kind == "bool":
-            op = Op.F_UNORD_NOT_EQUAL if source.kind == "float" else Op.I_NOT_EQUAL
-            return module.value(op, result, value, module.constant(source, 0))
-        if source.kind == "bool":
-            choices = module.constant(target, 1), module.constant(target, 0)
-            return module.value(Op.SELECT, result, value, *choices)
-        if source.kind == "float" and target.kind == "float":
-            return module.value(Op.F_CONVERT, result, value)
-        if source.kind == "float":
-            op = Op.CONVERT_F_TO_S if target.kind == "int" else Op.CONVERT_F_TO_U
-            return module.value(op, result, value)
-        if target.kind == "float":
-            op = Op.CONVERT_S_TO_F if source.kind == "int" else Op.CONVERT_U_TO_F
-            return module.value(op, result, value)
-        if source.bits != target.bits:
-            same_kind = DType(source.kind, target.bits, source.lanes)
-            op = Op.S_CONVERT if source.kind == "int" else Op.U_CONVERT
-            value = module.value(op, module.type(same_kind), value)
-        if source.kind == target.kind:
-            return value
-        return module.value(Op.BITCAST, result, value)
+        return converted(
+            self.module, self.expression(node.value), dtype_of(node.value), dtype_of(node)
+        )
 
     def _emit_Select(self, node) -> int:
         """Both sides are computed."""
@@ -399,7 +367,7 @@ class Expressions:
         self.module.need(Capability.GROUP_NON_UNIFORM)
         self.module.need(capability)
         value = self.expression(args[1])
-        lane = self.converted(self.expression(args[2]), dtype_of(args[2]), UINT32)
+        lane = converted(self.module, self.expression(args[2]), dtype_of(args[2]), UINT32)
         scope = self.module.constant(UINT32, Scope.SUBGROUP)
         return self.module.value(op, self.type_of(dtype), scope, value, lane)
 
@@ -418,15 +386,4 @@ class Expressions:
 
     def is_true(self, node) -> int:
         """A condition, whatever integer it is."""
-        return self.converted(self.expression(node), dtype_of(node), BOOL)
-
-
-def _holds(target: DType, source: DType) -> bool:
-    """Whether the target has every value of the source: of float16's, whole numbers of 8 bits."""
-    if source.kind == "bool" or target == target.carried:
-        return True
-    if target.kind == source.kind:
-        return target.bits >= source.bits
-    if target.kind == "float":
-        return source.bits == 8
-    return (target.kind, source.kind) == ("int", "uint") and target.bits > source.bits
+        return converted(self.module, self.expression(node), dtype_of(node), BOOL)
