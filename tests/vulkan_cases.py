@@ -17,6 +17,19 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 SECONDS = 120  # more than any case takes: then it hangs
 
+# What a case begins with; `path`: of the bytes of a module.
+PRELUDE = """
+import numpy as np
+import pytest
+import tvm
+import vulkan_workout as workout
+from phi3c.errors import ArtifactError, DeviceError, OutOfMemoryError
+from phi3c.vulkan import *
+from phi3c.vulkan.library import runtime_function
+data = open({path!r}, "rb").read()
+vulkan = tvm.vulkan(0)
+"""
+
 
 class Cases:
     """`run(code)` returns what the code printed; it must end by itself, with exit code 0."""

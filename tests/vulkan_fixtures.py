@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vulkan_kernels as kernels
-from vulkan_cases import Cases
+from vulkan_cases import PRELUDE, Cases
 from vulkan_kernels import ALL, module_bytes
 
 from phi3c.errors import DeviceError
@@ -21,19 +21,6 @@ from phi3c.vulkan import build as build_module
 from phi3c.vulkan import devices, load_runtime, module_from_bytes
 
 TESTS = Path(__file__).parent
-VALIDATION = "VK_LAYER_KHRONOS_validation"
-
-PRELUDE = """
-import numpy as np
-import pytest
-import tvm
-import vulkan_workout as workout
-from phi3c.errors import ArtifactError, DeviceError, OutOfMemoryError
-from phi3c.vulkan import *
-from phi3c.vulkan.library import runtime_function
-data = open({path!r}, "rb").read()
-vulkan = tvm.vulkan(0)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -97,15 +84,3 @@ def case(cases, bytes_file):
         return cases.run(whole, loader, code_is, **environment)
 
     return run
-
-
-def has_validation() -> bool:
-    return any(
-        (Path(folder) / "vulkan/explicit_layer.d/VkLayer_khronos_validation.json").exists()
-        for folder in ("/usr/share", "/usr/local/share", "/etc")
-    )
-
-
-validated = pytest.mark.skipif(
-    not has_validation(), reason="no validation layer (Debian: apt install vulkan-validationlayers)"
-)
