@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import build
 from cuda_device import needs_gpu
-from vulkan_device import needs_device, validated
+from vulkan_device import needs_device
+from vulkan_validation import validated
 
 import phi3c
 from phi3c.engine.engine import Engine

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import tvm
 import vulkan_workout as workout
-from vulkan_device import validated
-from vulkan_fixtures import VALIDATION
+from vulkan_validation import VALIDATION, validated
 
 from phi3c.vulkan import statistics
 

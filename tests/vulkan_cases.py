@@ -19,6 +19,19 @@ from phi3c.vulkan import build
 TESTS = Path(__file__).parent
 SECONDS = 120  # more than any case takes: then it hangs
 
+# What a case begins with; `path`: of the bytes of a module.
+PRELUDE = """
+import numpy as np
+import pytest
+import tvm
+import vulkan_workout as workout
+from phi3c.errors import ArtifactError, DeviceError, OutOfMemoryError
+from phi3c.vulkan import *
+from phi3c.vulkan.library import runtime_function
+data = open({path!r}, "rb").read()
+vulkan = tvm.vulkan(0)
+"""
+
 
 def built_shim(folder: Path) -> Path:
     """A loader whose devices lack what the environment says (vulkan_shim.c)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,18 +25,6 @@ def found_device() -> bool:
 
 
 needs_device = pytest.mark.skipif(not found_device(), reason="no Vulkan device")
-
-
-def has_validation() -> bool:
-    return any(
-        (Path(folder) / "vulkan/explicit_layer.d/VkLayer_khronos_validation.json").exists()
-        for folder in ("/usr/share", "/usr/local/share", "/etc")
-    )
-
-
-validated = pytest.mark.skipif(
-    not has_validation(), reason="no validation layer (Debian: apt install vulkan-validationlayers)"
-)
 
 
 def built(function, target: str = "vulkan") -> tvm.runtime.Module:

@@ -12,25 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vulkan_kernels as kernels
-from vulkan_cases import Cases, built_shim
+from vulkan_cases import PRELUDE, Cases, built_shim
 from vulkan_kernels import ALL, module_bytes
 
 from phi3c.errors import DeviceError
 from phi3c.vulkan import devices, load_runtime, module_from_bytes
-
-VALIDATION = "VK_LAYER_KHRONOS_validation"
-
-PRELUDE = """
-import numpy as np
-import pytest
-import tvm
-import vulkan_workout as workout
-from phi3c.errors import ArtifactError, DeviceError, OutOfMemoryError
-from phi3c.vulkan import *
-from phi3c.vulkan.library import runtime_function
-data = open({path!r}, "rb").read()
-vulkan = tvm.vulkan(0)
-"""
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,6 @@ from ..vulkan import (
     check_device,
     devices,
     profiled,
-    statistics,
     tvm_has_vulkan,
 )
 from .host import check_memory
@@ -105,7 +104,7 @@ class VulkanGpu:
         return tvm.runtime.tensor(array, self.tvm)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
-        available = self._found.memory_bytes - statistics(self._found.index).bytes_in_use
+        available = self.tvm.available_global_memory
         if sum(parts.values()) > available:
             raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
 
