@@ -1,9 +1,10 @@
 """Run as a program, with an artifact and a file to write: logits of a prompt in chunks, of decoding
-steps alone and in a batch, of a tree of drafts, with and without an adapter."""
+steps alone and in a batch, of a tree of drafts, with and without adapters."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +16,20 @@ from phi3c.runtime.logit_row import LogitRow
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 60, 21)]
 
 
-def logits(folder: Path, adapter: Path | None) -> np.ndarray:
-    """`[rows, vocab]`."""
+def logits(folder: Path, adapters: Sequence[Path]) -> np.ndarray:
+    """`[rows, vocab]`. Sequences take the adapters in turn."""
     model = phi3c.load(folder)
     cache = model.create_paged_kv_cache(max_total_seq_len=128)
-    slot = None
-    if adapter is not None:
-        model.load_adapter(adapter, "one")
-        slot = model.acquire_adapter("one")
+    for adapter in adapters:
+        model.load_adapter(adapter, adapter.name)
+    slots = [model.acquire_adapter(adapter.name) for adapter in adapters]
     rows = []
 
     def forward(run, ids, tokens, lengths, *more, plain=(), **options):
-        """plain: sequences without the adapter."""
-        slots = [
-            -1 if i in plain else slot for i, n in zip(ids, lengths, strict=True) for _ in range(n)
-        ]
-        options |= {} if slot is None else {"token_slot": slots}
+        """plain: sequences without an adapter."""
+        if slots:
+            of = [-1 if i in plain else slots[i % len(slots)] for i in ids]
+            options["token_slot"] = np.repeat(of, lengths)
         with cache.forward(ids, lengths, **options):
             tensor = run(model.embed(tokens), *more, cache)[0]
         found = tensor.numpy().reshape(-1, tensor.shape[-1])
@@ -68,5 +67,5 @@ if __name__ == "__main__":
     import tvm  # noqa: F401 (registers the function that is replaced)
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _refuse, override=True)
-    artifact, target, *adapter = map(Path, sys.argv[1:])
-    np.save(target, logits(artifact, adapter[0] if adapter else None))
+    artifact, target, *adapters = map(Path, sys.argv[1:])
+    np.save(target, logits(artifact, adapters))

@@ -31,7 +31,7 @@ from phi3c.targets import parse_target
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "examples" / "toy" / "checkpoint"
-ADAPTER = ROOT / "examples" / "toy" / "adapters" / "rotate"
+ADAPTERS = [ROOT / "examples" / "toy" / "adapters" / name for name in ("rotate", "down")]
 OPTIONS = dict(max_batch_size=4, context_length=128, prefill_chunk_size=32)
 CASES = {
     "sm_80": ("cuda", "q0f32", {}),
@@ -198,14 +198,14 @@ def test_what_a_kernel_takes_is_told():
 
 def test_a_model_runs_as_on_the_cpu(toy, driver, tmp_path):
     """By TVM's runtime alone, without its compiler."""
-    adapter = [ADAPTER] if toy.options else []
+    adapters = ADAPTERS if toy.options else []
     kernels = toy.artifact.path.parent / "kernels.so"
     env = environment(driver, "9.0 80", kernels) | {"TVM_USE_RUNTIME_LIB": "1"}
-    run("cuda_workout.py", toy.artifact.path, tmp_path / "found.npy", *adapter, env=env)
+    run("cuda_workout.py", toy.artifact.path, tmp_path / "found.npy", *adapters, env=env)
     quantization = toy.artifact.manifest.quantization
     scheme = quantization if quantization.startswith("q0") else f"{quantization}:float"
     phi3c.compile(TOY, "cpu", scheme, tmp_path / "cpu", **OPTIONS, **toy.options)
-    expected = cuda_workout.logits(tmp_path / "cpu", *(adapter or [None]))
+    expected = cuda_workout.logits(tmp_path / "cpu", adapters)
     found = np.load(tmp_path / "found.npy")
     error = np.abs(found - expected).max() / np.abs(expected).max()
     assert error <= (1e-5 if "f32" in quantization else 5e-3), error
@@ -215,8 +215,8 @@ def test_decode_steps_are_graphs(toy, driver):
     """With the results of launching kernel by kernel, to the bit."""
     assert graph._obstacle(toy.artifact.library) is None
     env = environment(driver, "9.0 80", toy.artifact.path.parent / "kernels.so")
-    adapter = [ADAPTER] if toy.options else []
-    print(run("cuda_graphs.py", toy.artifact.path, *adapter, env=env))
+    adapters = ADAPTERS[:1] if toy.options else []
+    print(run("cuda_graphs.py", toy.artifact.path, *adapters, env=env))
 
 
 def test_a_library_whose_kernels_allocate_is_not_captured(tmp_path):

@@ -28,6 +28,9 @@ from phi3c.verify import verify
 from phi3c.vulkan import devices
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from function_parity import outputs  # noqa: E402
+
 TOY = ROOT / "examples" / "toy" / "checkpoint"
 ADAPTERS = ROOT / "examples" / "toy" / "adapters"
 PROMPTS = ("reverse hello", "sort 4 2 9 1", "upper abc", "17 + 25", "copy the quick brown fox")
@@ -86,6 +89,17 @@ def test_the_toy_answers_as_on_the_cpu(gpu, toy, quantization):
     there = answers(toy(gpu, quantization), requests)
     on_cpu = quantization if quantization.startswith("q0") else f"{quantization}:float"
     assert there == answers(toy("cpu", on_cpu), requests)
+
+
+@pytest.mark.parametrize("quantization", ["q0f32", "q4f16_1"])
+def test_every_function_is_the_cpus(gpu, toy, quantization):
+    on_cpu = quantization if quantization.startswith("q0") else f"{quantization}:float"
+    there, here = (phi3c.load(toy(*made)) for made in ((gpu, quantization), ("cpu", on_cpu)))
+    found, expected = outputs(there), outputs(here)
+    assert set(found) == set(here.manifest.functions) - {"copy_slots"}
+    for name, value in expected.items():
+        error = np.abs(found[name].astype(np.float64) - value).max() / np.abs(value).max()
+        assert error <= (1e-5 if quantization == "q0f32" else 1e-2), (name, error)
 
 
 @pytest.mark.parametrize("quantization", ["q0f32", "q4f16_1"])
