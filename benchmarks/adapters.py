@@ -1,7 +1,8 @@
 """Tokens per second of a batch that decodes, by how many LoRA adapters its rows have.
 
-    phi3c compile configs/phi-3-mini-4k.json -o /tmp/with --max-loras 8
-    phi3c compile configs/phi-3-mini-4k.json -o /tmp/without
+    sed '/num_hidden_layers/s/32/8/' configs/phi-3-mini-4k.json > /tmp/eight.json
+    phi3c compile /tmp/eight.json -o /tmp/with --max-loras 8
+    phi3c compile /tmp/eight.json -o /tmp/without
     python benchmarks/adapters.py /tmp/with --without /tmp/without --figure docs/adapters.svg
 
 Each round runs every number of adapters in turn, 0 is the base model, and the artifact that was
@@ -149,33 +150,28 @@ def report(args, model, found, read: float, others: float | None) -> None:
 
 
 def draw(args, found: dict[str, list[float]]) -> None:
-    """Tokens/s by number of different adapters, with the spread of the rounds."""
+    """Tokens/s by number of different adapters, of the base model's in the same round: the medians
+    and the quartiles of the rounds."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    names = list(found)
-    rates = [sorted(args.batch / s for s in found[name]) for name in names]
-    middle = [statistics.median(rate) for rate in rates]
+    names = list(found)[::-1]
+    shares = [[100 * share for share in ratios(found, name, "0")] for name in names]
+    middle = [statistics.median(share) for share in shares]
+    quartiles = [statistics.quantiles(share, n=4) for share in shares]
     spread = [
-        [m - rate[0] for m, rate in zip(middle, rates, strict=True)],
-        [rate[-1] - m for m, rate in zip(middle, rates, strict=True)],
+        [m - low for m, (low, _, _) in zip(middle, quartiles, strict=True)],
+        [high - m for m, (_, _, high) in zip(middle, quartiles, strict=True)],
     ]
     figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
     labels = {"without": "compiled without slots", "0": "base model"}
     labels = [labels.get(n, f"{n} adapter" + ("s" if n != "1" else "")) for n in names]
-    bars = axes.barh(labels[::-1], middle[::-1], color="#3b6ea5")
-    axes.errorbar(
-        middle[::-1],
-        range(len(names)),
-        xerr=[side[::-1] for side in spread],
-        fmt="none",
-        ecolor="black",
-        elinewidth=1,
-    )
-    axes.bar_label(bars, [f"{m:.0f}" for m in middle[::-1]], padding=12)
-    axes.set_xlabel(f"tokens/s, batch {args.batch}, rank {args.rank}")
+    bars = axes.barh(labels, middle, color="#3b6ea5")
+    axes.errorbar(middle, range(len(names)), xerr=spread, fmt="none", ecolor="black", elinewidth=1)
+    axes.bar_label(bars, [f"{m:.0f} %" for m in middle], padding=12)
+    axes.set_xlabel(f"% of the base batch's tokens/s, batch {args.batch}, rank {args.rank}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(args.figure, metadata={"Date": None})
 
