@@ -67,6 +67,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
         if not args.no_check:
             found["parity"] = checked(args, scheme, folder)
         found["times"] = times(args, model, rates)
+        print(json.dumps({scheme: found}), flush=True)  # should the machine be taken away
         del model
     if args.peer != "none":
         facts["peer"] = peer_times(args)
@@ -126,6 +127,9 @@ def times(args: argparse.Namespace, model: CompiledPhi3, rates: CardRates) -> di
             found[name] = timed(name, decode(model, batch, context), floor, batch)
             if batch in (1, max(args.batch)):
                 found[name]["kernels"] = kernels(model, decode(model, batch, context))
+    if (graphs := model.decode_graphs) is not None:
+        found["graphs"] = {"captures": graphs.captures, "failure": graphs.failure}
+        print(f"CUDA graphs: {graphs.captures} captured; failure: {graphs.failure}")
     return found
 
 

@@ -294,3 +294,15 @@ def test_missing_packages_are_named(monkeypatch):
         TargetError, match=r"needs cuda.bindings.nope, .*pip install 'phi3c\[cuda\]'"
     ):
         nvrtc.compile_source("", "sm_90")
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    """Of a package whose Python part is there."""
+    from cuda.bindings import nvfatbin
+
+    def absent():
+        raise RuntimeError("not found")
+
+    monkeypatch.setattr(nvfatbin, "version", absent)
+    with pytest.raises(TargetError, match="needs the library nvfatbin, of NVIDIA's wheels"):
+        nvrtc.compile_source("", "sm_90")

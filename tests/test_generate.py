@@ -23,6 +23,7 @@ from phi3c.engine.tokenizer import Tokenizer
 from phi3c.errors import ContextLengthError, InputError
 from phi3c.memory import sequence_cache_tokens
 from phi3c.runtime.compiled import CompiledPhi3
+from phi3c.runtime.logit_row import LogitRow
 
 ORIGINAL_MAX, CONTEXT, CHUNK, VOCAB = 32, 120, 16, 320
 MODEL = dict(
@@ -218,7 +219,8 @@ def test_bad_prompts(engine, prompt, error, message):
 
 def test_what_a_request_failed_with_is_raised(engine, monkeypatch):
     monkeypatch.setattr(
-        "phi3c.engine.sequence.Penalties.apply", lambda self, logits: logits * np.float32("nan")
+        "phi3c.engine.sequence.Sequence._penalised",
+        lambda self, row: LogitRow(row.logits * np.float32("nan")),
     )
     with pytest.raises(RuntimeError, match="cannot sample: logits hold NaN"):
         finished(engine, random_ids(5), **GREEDY)

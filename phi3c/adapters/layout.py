@@ -98,11 +98,6 @@ class AdapterLayout:
         size = sum(map(math.prod, shapes)) * np.dtype(dtype).itemsize
         return cls(max_loras, max_rank, dtype, size)
 
-    def largest_pool_bytes(self, config: Phi3Config) -> int:
-        """What a device must take as one buffer."""
-        elements = max(map(math.prod, self.pool_shapes(config)))
-        return elements * np.dtype(self.dtype).itemsize
-
     def pool_shapes(self, config: Phi3Config) -> list[Shape]:
         """Of all pools, in order: by layer, then by target, A before B."""
         return [

@@ -47,7 +47,17 @@ def missing() -> str | None:
     if absent:
         return f"{absent[0]}, of the package cuda-bindings (pip install 'phi3c[cuda]')"
     if _headers() is None:
-        return "CUDA's headers, of the package nvidia-cuda-runtime (pip install 'phi3c[cuda]')"
+        return (
+            "CUDA's headers, of the packages nvidia-cuda-runtime and nvidia-cuda-cccl "
+            "(pip install 'phi3c[cuda]')"
+        )
+    from cuda.bindings import nvfatbin, nvrtc
+
+    for library, load in (("nvrtc", nvrtc.nvrtcVersion), ("nvfatbin", nvfatbin.version)):
+        try:
+            load()
+        except RuntimeError:  # its wheel is not there
+            return f"the library {library}, of NVIDIA's wheels (pip install 'phi3c[cuda]')"
     return None
 
 

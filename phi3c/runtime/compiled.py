@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -51,7 +52,8 @@ def load(path: str | Path, device: str | None = None, threads: int | None = None
     place.check_memory(str(path), parts)
     if (layout := artifact.manifest.adapters) is not None:
         what = f"adapters: a pool of {layout.max_loras} slots of rank {layout.max_rank}"
-        place.check_buffer(what, layout.largest_pool_bytes(artifact.manifest.config))
+        largest = max(layout.pool_shapes(artifact.manifest.config), key=math.prod)
+        place.check_buffer(what, largest, layout.dtype)
     artifact.check_library()
     return CompiledPhi3(artifact, threads, place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import defaultdict
@@ -36,6 +37,8 @@ from ..vulkan import (
 )
 from .host import check_memory
 
+Shape = tuple[int, ...]
+
 
 class RunDevice(Protocol):
     """tvm: as TVM names it."""
@@ -54,8 +57,8 @@ class RunDevice(Protocol):
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         """Raises OutOfMemoryError if `parts` (name → bytes) do not fit now."""
 
-    def check_buffer(self, what: str, size: int) -> None:
-        """Raises DeviceError if a kernel cannot be given a tensor of so many bytes."""
+    def check_buffer(self, what: str, shape: Shape, dtype: str) -> None:
+        """Raises DeviceError if a kernel cannot be given such a tensor."""
 
     def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
         """Times what `vm` runs inside; filled at the end."""
@@ -80,7 +83,7 @@ class HostCpu:
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         check_memory(what, parts)
 
-    def check_buffer(self, what: str, size: int) -> None:
+    def check_buffer(self, what: str, shape: Shape, dtype: str) -> None:
         pass
 
     def kernel_times(self, vm: VirtualMachine) -> AbstractContextManager[dict[str, KernelTime]]:
@@ -108,10 +111,10 @@ class VulkanGpu:
         if sum(parts.values()) > available:
             raise OutOfMemoryError(_no_room(what, parts, available, str(self._found)))
 
-    def check_buffer(self, what: str, size: int) -> None:
+    def check_buffer(self, what: str, shape: Shape, dtype: str) -> None:
         """Kernels count the elements of a buffer in 32 bits, but a driver may allow fewer bytes."""
         most = min(self._found.max_storage_buffer_range, self._found.max_allocation)
-        if size > most:
+        if (size := tensor_bytes(shape, dtype)) > most:
             raise DeviceError(
                 f"{what}: found {in_units(size)}; accepted: up to {in_units(most)}, what "
                 f"{self._found} takes as one buffer"
@@ -142,12 +145,14 @@ class TvmGpu:
         if available and sum(parts.values()) > available:
             raise OutOfMemoryError(_no_room(what, parts, int(available), str(self.tvm)))
 
-    def check_buffer(self, what: str, size: int) -> None:
+    def check_buffer(self, what: str, shape: Shape, dtype: str) -> None:
         """Kernels count the elements of a buffer in 32 bits."""
-        if size > _LARGEST_BUFFER:
+        size, elements = tensor_bytes(shape, dtype), math.prod(shape)
+        if elements > _MOST_ELEMENTS:
+            most = in_units(_MOST_ELEMENTS * (size // elements))
             raise DeviceError(
-                f"{what}: found {in_units(size)}; accepted: up to {in_units(_LARGEST_BUFFER)}, "
-                "what kernels address"
+                f"{what}: found {in_units(size)}; accepted: up to {most} of {dtype}, what kernels "
+                "address"
             )
 
     @contextmanager
@@ -188,7 +193,7 @@ class CudaGpu(TvmGpu):
         return DecodeGraphs(library, path, self.tvm, most_blocks)
 
 
-_LARGEST_BUFFER = 2**31  # bytes: 2^31 elements of the narrowest dtype
+_MOST_ELEMENTS = 2**31 - 1
 
 
 def _no_room(what: str, parts: dict[str, int], available: int, place: str) -> str:
@@ -244,7 +249,7 @@ def open_device(artifact: Artifact, name: str | None) -> RunDevice:
     opened = {"cuda": _open_cuda, "metal": _open_metal, "vulkan": _open_vulkan}[kind]
     device = opened(artifact.manifest, index)
     for info in artifact.manifest.parameters:
-        device.check_buffer(info.name, tensor_bytes(info.shape, info.dtype))
+        device.check_buffer(info.name, info.shape, info.dtype)
     return device
 
 

@@ -15,7 +15,6 @@ import tvm
 from ..errors import InputError, SequenceError
 from ..manifest import Manifest
 from ..memory import kv_bytes, memory
-from ..tensor_file import tensor_bytes
 from .device import RunDevice
 from .page_table import Append, Copy, PageTable
 
@@ -66,7 +65,7 @@ class PagedKVCache:
         self._token_slot: np.ndarray | None = None
         shape = (num_pages * self._blocks_per_page, *layout.page_shape)
         what = f"a layer's pages for {max_total_seq_len} tokens"
-        device.check_buffer(what, tensor_bytes(shape, layout.dtype))
+        device.check_buffer(what, shape, layout.dtype)
         # Not zeroed: the kernels never use a slot that no token was written to.
         self.pages = tvm.runtime.convert(
             [tvm.runtime.empty(shape, layout.dtype, device.tvm) for _ in range(layout.layers)]
