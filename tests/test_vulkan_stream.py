@@ -137,25 +137,34 @@ def test_a_submission_that_is_out_of_memory_is_repeated(case, shim):
     )
 
 
-def test_what_cannot_be_submitted_for_a_while_is_not_lost(case, shim):
+@pytest.mark.parametrize("environment", [{}, {"SHIM_DISCRETE": 1}])
+def test_what_cannot_be_submitted_for_a_while_is_not_lost(case, shim, environment):
     output = case(
         """
-        module = module_from_bytes(data)
-        tensor = workout.upload(np.zeros(100, np.uint32))
-        expected, failures = np.zeros(100, np.uint32), 0
-        for step in range(600):
+        failures = []
+
+        def repeated(work, *arguments):
             while True:
                 try:
-                    module["chain"](tensor, 100, step, 2, 64)
-                    break
+                    return work(*arguments)
                 except OutOfMemoryError as error:
                     assert "vkQueueSubmit: VK_ERROR_OUT_OF_DEVICE_MEMORY" in str(error)
-                    failures += 1
+                    failures.append(error)
+
+        module = module_from_bytes(data)
+        tensor = workout.upload(np.zeros(100, np.uint32))
+        odd = [workout.upload(np.zeros(101, np.uint8)) for _ in range(600)]
+        expected = np.zeros(100, np.uint32)
+        for step in range(600):
+            repeated(odd[step].copyfrom, np.full(101, step % 251, np.uint8))
+            repeated(module["chain"], tensor, 100, step, 2, 64)
             expected = 3 * expected + np.uint32(step)
-        assert np.array_equal(tensor.numpy(), expected)
-        print(failures)
+        assert np.array_equal(repeated(tensor.numpy), expected)
+        assert all((part.numpy() == step % 251).all() for step, part in enumerate(odd))
+        print(len(failures))
         """,
         shim,
+        **environment,
         SHIM_OOM="QueueSubmit",
         SHIM_OOM_FIRST=9,
         SHIM_OOM_COUNT=7,
