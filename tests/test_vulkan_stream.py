@@ -124,6 +124,23 @@ def test_the_validation_layer_sees_missing_barriers(case, shim):
     assert "SYNC-HAZARD" in output
 
 
+def test_the_inputs_of_a_step_do_not_wait_for_the_device(case, shim):
+    case(
+        """
+        from phi3c.runtime.device import VulkanGpu
+        gpu, module = VulkanGpu(devices()[0]), module_from_bytes(data)
+        before = statistics().submissions
+        inputs = [gpu.input("tokens", np.full(n, n, np.int32)) for n in range(1, 11)]
+        assert statistics().submissions == before
+        for n, tensor in enumerate(inputs, 1):
+            module["chain"](tensor, n, 1, 1, 64)
+        assert all((tensor.numpy() == 3 * n + 1).all() for n, tensor in enumerate(inputs, 1))
+        """,
+        shim,
+        SHIM_DISCRETE=1,
+    )
+
+
 # Failures
 
 
@@ -137,27 +154,38 @@ def test_a_submission_that_is_out_of_memory_is_repeated(case, shim):
     )
 
 
-def test_what_cannot_be_submitted_for_a_while_is_not_lost(case, shim):
+@pytest.mark.parametrize("environment", [{}, {"SHIM_DISCRETE": 1}])
+def test_what_cannot_be_submitted_for_a_while_is_not_lost(case, shim, environment):
     output = case(
         """
-        module = module_from_bytes(data)
-        tensor = workout.upload(np.zeros(100, np.uint32))
-        expected, failures = np.zeros(100, np.uint32), 0
-        for step in range(600):
+        failures = []
+
+        def repeated(work, *arguments):
             while True:
                 try:
-                    module["chain"](tensor, 100, step, 2, 64)
-                    break
+                    return work(*arguments)
                 except OutOfMemoryError as error:
                     assert "vkQueueSubmit: VK_ERROR_OUT_OF_DEVICE_MEMORY" in str(error)
-                    failures += 1
+                    failures.append(error)
+
+        module = module_from_bytes(data)
+        tensor = workout.upload(np.zeros(100, np.uint32))
+        odd = [tvm.runtime.empty((101,), "uint8", vulkan) for _ in range(600)]
+        expected = np.zeros(100, np.uint32)
+        for step in range(600):
+            # Of a tensor, as that of an array waits for the device.
+            here = tvm.runtime.tensor(np.full(101, step % 251, np.uint8))
+            repeated(here.copyto, odd[step])
+            repeated(module["chain"], tensor, 100, step, 2, 64)
             expected = 3 * expected + np.uint32(step)
-        assert np.array_equal(tensor.numpy(), expected)
-        print(failures)
+        assert np.array_equal(repeated(tensor.numpy), expected)
+        assert all((part.numpy() == step % 251).all() for step, part in enumerate(odd))
+        print(len(failures))
         """,
         shim,
+        **environment,
         SHIM_OOM="QueueSubmit",
-        SHIM_OOM_FIRST=9,
+        SHIM_OOM_FIRST=3,
         SHIM_OOM_COUNT=7,
     )
     assert 1 <= int(output) <= 3  # each tries twice

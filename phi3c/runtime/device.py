@@ -104,7 +104,9 @@ class VulkanGpu:
         return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
 
     def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
-        return tvm.runtime.tensor(array, self.tvm)
+        # By way of a tensor: TVM waits for the device after a copy from an array.
+        here = tvm.runtime.tensor(array)
+        return here.copyto(tvm.runtime.empty(here.shape, here.dtype, self.tvm))
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         available = self.tvm.available_global_memory

@@ -21,9 +21,14 @@ double estimate(const PacedBatch::Use& use) {
 
 }  // namespace
 
+void Pace::prepare(PacedBatch& batch) {
+  if (device_.physical.timestamp_bits && !batch.queries) {
+    batch.queries = create_timestamps(device_, 2);
+  }
+}
+
 void Pace::begin(PacedBatch& batch, VkCommandBuffer commands) {
-  if (!device_.physical.timestamp_bits) return;
-  if (!batch.queries) batch.queries = create_timestamps(device_, 2);
+  if (!batch.queries) return;
   device_.vk.CmdResetQueryPool(commands, batch.queries, 0, 2);
   write_timestamp(device_, commands, batch.queries, 0);
 }

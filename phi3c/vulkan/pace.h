@@ -25,6 +25,9 @@ class Pace {
  public:
   explicit Pace(Device& device) : device_(device) {}
 
+  // To be called before a batch's commands are begun. Fails where there is no memory.
+  void prepare(PacedBatch& batch);
+
   // To be called before the first command of a batch and after the last.
   void begin(PacedBatch& batch, VkCommandBuffer commands);
   void end(PacedBatch& batch, VkCommandBuffer commands);

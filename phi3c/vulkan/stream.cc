@@ -57,6 +57,7 @@ void Stream::begin(Submission& submission) {
     device_.check(vk.CreateFence(device_.handle, &info, nullptr, &submission.fence),
                   "vkCreateFence");
   }
+  pace_.prepare(submission.paced);
   VkCommandBufferBeginInfo info{};
   info.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO;
   info.flags = VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT;
@@ -196,7 +197,7 @@ VkDescriptorSet Stream::descriptor_set(Submission& submission, const Pipeline& p
 }
 
 Chunk& Stream::chunk_for(uint64_t bytes) {
-  if (recording_ && !recording_->chunks.empty()) {
+  if (recording_ && !recording_->ended && !recording_->chunks.empty()) {
     Chunk& last = *recording_->chunks.back();
     if (last.left() >= bytes) return last;
   }
