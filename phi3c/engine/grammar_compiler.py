@@ -18,6 +18,7 @@ from collections import OrderedDict
 from dataclasses import asdict
 from typing import IO, Any
 
+from phi3c.engine.ascii_regex import ascii_regex
 from phi3c.engine.chat_template import one_line
 from phi3c.engine.grammar import Grammar, GrammarLimits
 from phi3c.engine.grammar_state import CompiledGrammar
@@ -66,6 +67,8 @@ class GrammarCompiler:
         texts = grammar.texts
         if grammar.kind == "json_schema":
             texts = (enforceable_schema(texts[0]),)
+        elif grammar.kind == "regex":
+            texts = (ascii_regex(texts[0]),)
         with self._compile_lock:
             compiled = self._cached(grammar)  # it may have come while this call waited
             if compiled is None:
