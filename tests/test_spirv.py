@@ -638,6 +638,32 @@ def test_a_conversion_that_is_stored_asks_for_the_nearest_even():
     assert len(decorated) == 1
 
 
+def test_buffers_that_are_only_read_are_marked():
+    @T.prim_func(s_tir=True)
+    def function(a: T.handle, b: T.handle, c: T.handle, d: T.handle):
+        A = T.match_buffer(a, (N,), "float16")
+        B = T.match_buffer(b, (N,), "float32")
+        C = T.match_buffer(c, (N,), "int32")
+        D = T.match_buffer(d, (N,), "float32")
+        for _ in T.thread_binding(1, thread="blockIdx.x"):
+            for t in T.thread_binding(N, thread="threadIdx.x"):
+                B[t] = B[t] + T.Cast("float32", A[t])
+                D[C[t]] = B[t]
+
+    (kernel,) = emitted(function)
+    words = struct.unpack(f"<{len(kernel.spirv) // 4}I", kernel.spirv)
+    decorated: dict[int, set[int]] = {33: set(), 24: set()}  # Binding, NonWritable: of which ids
+    bindings = {}
+    at = 5
+    while at < len(words):
+        count, opcode = words[at] >> 16, words[at] & 0xFFFF
+        if opcode == 71 and words[at + 2] in decorated:
+            decorated[words[at + 2]].add(words[at + 1])
+            bindings |= {words[at + 1]: words[at + 3]} if words[at + 2] == 33 else {}
+        at += count
+    assert {"ABCD"[bindings[variable]] for variable in decorated[24]} == {"A", "C"}
+
+
 @needs_device
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
 def test_narrow_integers_wrap(dtype):

@@ -106,13 +106,15 @@ _MOST_LANES = 4
 
 
 class Expressions:
-    """values, buffers: what is in scope, by the hash of TVM's Var (its identity); subgroup_size:
-    threads of a subgroup, if the code relies on it, else 0."""
+    """values, buffers: what is in scope, by the hash of TVM's Var (its identity); written: the
+    variables of buffers that something was stored to; subgroup_size: threads of a subgroup, if the
+    code relies on it, else 0."""
 
     def __init__(self):
         self.module = Module()
         self.values: dict[int, int] = {}
         self.buffers: dict[int, Memory] = {}
+        self.written: set[int] = set()
         self.block = 0  # the label of the block that is being written
         self.subgroup_size = 0
 
@@ -169,6 +171,7 @@ class Expressions:
 
     def store(self, buffer, index, value) -> None:
         memory, dtype = self.memory(buffer), dtype_of(value)
+        self.written.add(memory.variable)
         wanted = memory.dtype.of_lanes(dtype.lanes)
         rounded_here = memory.in_block and type(value).__name__ == "Cast" and dtype == wanted
         if rounded_here and dtype.is_a("float", 16) and dtype_of(value.value).is_a("float", 32):

@@ -72,6 +72,7 @@ def emit_kernel(function: tirx.PrimFunc) -> Kernel:
     try:
         arguments = _declare(emitter, function.params)
         emitter.statement(function.body)
+        _mark_what_is_only_read(emitter)
     except EmitError as err:
         raise TargetError(f"vulkan: the kernel {name}: no SPIR-V for {err}") from None
     workgroup = tuple(emitter.workgroup)
@@ -121,6 +122,13 @@ def _storage_buffer(emitter: Statements, param, binding: int) -> Memory:
     module.decorate(variable, Decoration.DESCRIPTOR_SET, 0)
     module.decorate(variable, Decoration.BINDING, binding)
     return Memory(variable, Storage.STORAGE_BUFFER, dtype, True)
+
+
+def _mark_what_is_only_read(emitter: Statements) -> None:
+    """So our runtime knows, and a driver may, that kernels that read it need no barrier between."""
+    variables = {memory.variable for memory in emitter.buffers.values() if memory.in_block}
+    for variable in sorted(variables - emitter.written):
+        emitter.module.decorate(variable, Decoration.NON_WRITABLE)
 
 
 def _push_constants(emitter: Statements, pods) -> None:

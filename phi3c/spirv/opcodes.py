@@ -155,6 +155,7 @@ class Decoration(IntEnum):
     BLOCK = 2
     ARRAY_STRIDE = 6
     BUILTIN = 11
+    NON_WRITABLE = 24
     BINDING = 33
     DESCRIPTOR_SET = 34
     OFFSET = 35
