@@ -20,7 +20,7 @@ _MORE = """
 """
 _LAUNCH = """
 extern "C" void launch_{name}(void** p, unsigned* grid, unsigned* block) {{
-  emulator::run_grid({{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, false,
+  emulator::run_grid({{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, {order},
                      [=] {{ {name}({arguments}); }});
 }}
 extern "C" const unsigned sizes_{name}[] = {{ {sizes}, 0 }};
@@ -47,10 +47,10 @@ def environment(driver: Path, device: str, kernels: Path | None = None) -> dict[
     return os.environ | more | ({"CUDA_STUB_KERNELS": str(kernels)} if kernels else {})
 
 
-def emulated(source: str, folder: Path, parts: int = 4) -> Path:
+def emulated(source: str, folder: Path, last_first: bool = False, parts: int = 4) -> Path:
     """A library with a function launch_<kernel> for each kernel of TVM's CUDA source, and the
-    sizes_<kernel> of its arguments."""
-    kernels = [_as_cpp(kernel) for kernel in kernels_of(source, "cuda")]
+    sizes_<kernel> of its arguments. last_first: threads run in that order between barriers."""
+    kernels = [_as_cpp(kernel, last_first) for kernel in kernels_of(source, "cuda")]
     objects = []
     for i in range(parts):
         text = _MORE.format(header=HEADER) + "".join(kernels[i::parts])
@@ -70,7 +70,7 @@ def emulated(source: str, folder: Path, parts: int = 4) -> Path:
     return library
 
 
-def _as_cpp(kernel: str) -> str:
+def _as_cpp(kernel: str, last_first: bool) -> str:
     head = re.match(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\((.*)\) \{', kernel)
     name, parameters = head[1], head[2].replace("__restrict__ ", "").split(", ")
     types = [parameter.rpartition(" ")[0] for parameter in parameters]
@@ -85,7 +85,8 @@ def _as_cpp(kernel: str) -> str:
     arguments = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(types))
     text = f"static void {name}({', '.join(parameters)}) {{{body}"
     sizes = ", ".join(f"sizeof({kind})" for kind in types)
-    return text + _LAUNCH.format(name=name, arguments=arguments, sizes=sizes)
+    order = str(last_first).lower()
+    return text + _LAUNCH.format(name=name, arguments=arguments, sizes=sizes, order=order)
 
 
 def _run(command: list[str]) -> None:

@@ -68,7 +68,7 @@ def toy(request, tmp_path_factory) -> Compiled:
         patch.setattr(codegen, "compile_source", keep)
         made = phi3c.compile(TOY, target, quantization, folder / "artifact", **OPTIONS, **more)
     ((source, code),) = seen
-    emulated(source, folder)
+    emulated(source, folder, last_first=request.param == "sm_90")
     return Compiled(request.param, made, source, code, more)
 
 
@@ -133,6 +133,11 @@ def test_every_kernel_has_threads_and_fits(toy):
     assert max(kernel.spilled for kernel in toy.code.kernels) <= 16  # bytes of a thread
     threads = {name: int(count) for count, name in bounds}
     assert all(k.registers * threads[k.name] <= 65536 for k in toy.code.kernels)
+
+
+def test_shuffles_are_of_whole_warps(toy):
+    """Of all 32 threads, which then wait for each other; not of those that happen to be active."""
+    assert "__activemask" not in toy.source and "0xffffffffu" in toy.source
 
 
 def test_indices_are_of_32_bits(toy):

@@ -17,6 +17,7 @@ from .nvrtc import DeviceCode, compile_source
 
 _BUILD = "target.build.cuda"
 _LAUNCH = re.compile(r"__global__ void __launch_bounds__\((\d+)\) (\w+)\(")
+_ACTIVE, _ALL, _WARP = "__activemask()", "0xffffffffu", 32
 # TVM has no other switch for it: a module of source, also where its CUDA runtime is loaded, which
 # would compile the source at once.
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
@@ -80,8 +81,12 @@ def _register() -> None:
 
 
 def _compile(source: str, made: Collected) -> None:
-    code = made.codes[source] = compile_source(source, made.arch)
+    # TVM's reductions shuffle among the threads that are active, which need not be the whole warp
+    # where it has diverged; ours are written for all of them.
+    whole_warps = source.replace(_ACTIVE, _ALL)
+    code = made.codes[source] = compile_source(whole_warps, made.arch)
     bounds = {name: int(threads) for threads, name in _LAUNCH.findall(source)}
+    assert not any(threads % _WARP for threads in bounds.values()), bounds
     if unbound := sorted({kernel.name for kernel in code.kernels} - set(bounds)):
         raise TargetError(
             f"target: cuda:{made.arch}: the kernel {unbound[0]}: its number of threads is not "
