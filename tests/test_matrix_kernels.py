@@ -3,10 +3,8 @@ an emulator (gpu_emulator.py), and what NVIDIA's compiler makes of it. No GPU is
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from functools import cache
-from pathlib import Path
 
 import gpu_emulator
 import kernel_twins as twins
@@ -16,6 +14,7 @@ from conftest import kernel_error
 from gpu_emulator import EmulatedKernel, kernels_of, plain_source, source_of
 from test_gpu_kernels import BYTES, conditions_around_barriers, groups, normal, random_weight
 
+from phi3c.cuda import codegen, nvrtc
 from phi3c.kernels.gpu import GpuKernels
 from phi3c.kernels.gpu.limits import GpuLimits
 from phi3c.kernels.gpu.mma_gemm import LARGE, SMALL, rows_of_large
@@ -179,43 +178,17 @@ def test_the_emulator_sees_a_missing_barrier(target, place, side, tmp_path):
 # What NVIDIA's compiler makes of it
 
 
-def nvrtc_cubin(source: str, arch: str, *options: str) -> tuple[bytes, str]:
-    """The cubin and the compiler's log."""
-    from cuda.bindings import nvrtc
-
-    def checked(answer):
-        code, *values = answer
-        return code, values[0] if values else None
-
-    folder = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0]) / "cu13"
-    include = folder / "include"
-    flags = [f"--gpu-architecture={arch}", "-default-device", f"-I{include}",
-             f"-I{include / 'cccl'}", *options]  # fmt: skip
-    _, program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, None, None))
-    code, _ = checked(nvrtc.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags]))
-    _, size = checked(nvrtc.nvrtcGetProgramLogSize(program))
-    log = bytearray(size)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    assert code == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    _, size = checked(nvrtc.nvrtcGetCUBINSize(program))
-    cubin = bytearray(size)
-    nvrtc.nvrtcGetCUBIN(program, cubin)
-    return bytes(cubin), log.decode()
-
-
 @pytest.mark.parametrize(
     ("arch", "kind"), [*(("sm_80", kind) for kind in KINDS), ("sm_90", groups(4))], ids=str
 )
+@pytest.mark.skipif(nvrtc.missing() is not None, reason="no NVRTC (phi3c[cuda])")
 def test_nvrtc_compiles_without_spills(arch, kind):
-    pytest.importorskip("cuda.bindings.nvrtc", reason="no cuda-bindings (phi3c[cuda])")
-    if importlib.util.find_spec("nvidia") is None:
-        pytest.skip("no nvidia-cuda-nvrtc (phi3c[cuda])")
-    source = source_of(
-        linear("cuda", 3072, 3072, kind, True), {"kind": "cuda", "arch": arch, "host": "llvm"}
-    )
-    cubin, log = nvrtc_cubin(source, arch, "--ptxas-options=-v")
-    assert cubin.startswith(b"\x7fELF")
-    for kernel in ("main_kernel_4", "main_kernel_5"):
-        report = log[log.index(f"Compiling entry function '{kernel}'") :]
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report[:400]
-        assert int(re.search(r"Used (\d+) registers", report)[1]) <= 128  # two workgroups at once
+    with codegen.collected(arch) as made:
+        source_of(
+            linear("cuda", 3072, 3072, kind, True), {"kind": "cuda", "arch": arch, "host": "llvm"}
+        )
+    (code,) = made.codes.values()
+    found = {use.name: use for use in code.kernels}
+    for name in ("main_kernel_4", "main_kernel_5"):
+        assert found[name].spilled == 0
+        assert found[name].registers <= 128  # two workgroups at once

@@ -164,6 +164,17 @@ def mma_attention(rows: int, heads: int, kv_heads: int, head_dim: int, window: i
             seen[s * 2] = least[0]
             seen[s * 2 + 1] = most[0]
 
+    # A warp's rows by the j-th pair of fragments; sums has `width` fragments for 16 rows.
+    @T.inline
+    def add_products(a, b, sums, width, j):
+        for f in T.unroll(2):
+            for i in T.unroll(down):
+                T.ptx_legacy.mma(
+                    "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+                    a.data, i * 8, b.data, f * 4,
+                    sums.data, (i * width + j * 2 + f) * 4, False, dtype="float32",
+                )  # fmt: skip
+
     # A fragment of Q, 16 × 16: matrices of rows 0–7 and 8–15, then of dimensions 8–15. Two of K,
     # each 8 keys × 16: matrices of dimensions 0–7 and 8–15, then of the keys after, transposed.
     @T.inline
@@ -181,13 +192,7 @@ def mma_attention(rows: int, heads: int, kv_heads: int, head_dim: int, window: i
                     True, 4, ".b16", b.data, 0, K.data,
                     j * block_halves + _place(2, k * 16 + lane % 16, lane // 16), dtype="float16",
                 )  # fmt: skip
-                for f in T.unroll(2):
-                    for i in T.unroll(down):
-                        T.ptx_legacy.mma(
-                            "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
-                            a.data, i * 8, b.data, f * 4,
-                            S.data, (i * across + j * 2 + f) * 4, False, dtype="float32",
-                        )  # fmt: skip
+                add_products(a, b, S, across, j)
 
     # What scores begin with: MASKED stays as it is whatever product is added. Of a fragment of
     # them a thread has two neighbours of row lane / 4, then of the 8th row from it.
@@ -256,13 +261,7 @@ def mma_attention(rows: int, heads: int, kv_heads: int, head_dim: int, window: i
                     True, 4, ".b16", b.data, 0, V.data,
                     k * block_halves + _place(wide, lane % 16, j * 2 + lane // 16), dtype="float16",
                 )  # fmt: skip
-                for f in T.unroll(2):
-                    for i in T.unroll(down):
-                        T.ptx_legacy.mma(
-                            "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
-                            w.data, i * 8, b.data, f * 4,
-                            O.data, (i * wide + j * 2 + f) * 4, False, dtype="float32",
-                        )  # fmt: skip
+                add_products(w, b, O, wide, j)
 
     @T.inline
     def store(OUT, O, total, first, n_rows, row, h, lane):
