@@ -76,7 +76,8 @@ def compile(
     check_output(output)
 
     def limits_of(config: Phi3Config) -> Limits:
-        return _limits(config, max_batch_size, context_length, prefill_chunk_size)
+        most = _most_rows(config, place)
+        return _limits(config, max_batch_size, context_length, prefill_chunk_size, most)
 
     def accept(config: Phi3Config) -> None:
         nonlocal adapter, layout
@@ -101,16 +102,27 @@ def compile(
     return Artifact.open(output)
 
 
+def _most_rows(config: Phi3Config, place: Target) -> int:
+    """Tokens that a forward may have. On a GPU an axis of workgroups is of them, and kernels count
+    the elements of a tensor, of which logits or a layer's gates are the largest, in 32 bits."""
+    widest = max(config.vocab_size, 2 * config.intermediate_size)
+    return 65535 if place.device == "cpu" else min(65535, (2**31 - 1) // widest)
+
+
 def _limits(
-    config: Phi3Config, max_batch_size: int, context_length: int | None, prefill_chunk_size: int
+    config: Phi3Config,
+    max_batch_size: int,
+    context_length: int | None,
+    prefill_chunk_size: int,
+    most_rows: int,
 ) -> Limits:
     longest = config.max_position_embeddings
     if context_length is None:
         context_length = min(DEFAULT_CONTEXT_LENGTH, longest)
     for name, value, most in (
-        ("max_batch_size", max_batch_size, 4096),
+        ("max_batch_size", max_batch_size, min(4096, most_rows)),
         ("context_length", context_length, longest),
-        ("prefill_chunk_size", prefill_chunk_size, 65535),  # GPUs' workgroups along an axis
+        ("prefill_chunk_size", prefill_chunk_size, most_rows),
     ):
         if type(value) is not int or not 1 <= value <= most:
             raise ConfigError(f"{name}: found {value!r}; accepted: an integer from 1 to {most}")

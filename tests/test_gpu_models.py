@@ -22,7 +22,7 @@ from phi3c.engine.engine import Engine
 from phi3c.engine.request import Request
 from phi3c.engine.sampler import SamplingParams
 from phi3c.engine.tokenizer import Tokenizer
-from phi3c.errors import DeviceError, InputError, OutOfMemoryError, TargetError
+from phi3c.errors import ConfigError, DeviceError, InputError, OutOfMemoryError, TargetError
 from phi3c.runtime import device
 from phi3c.verify import verify
 from phi3c.vulkan import devices
@@ -275,6 +275,18 @@ def test_the_benchmark_runs(tmp_path):
         assert one["seconds"] > 0 and one["kernels"]
         assert floor is None if "prefill" in name else 0 < floor < one["seconds"]
     assert facts["rates"]["bandwidth"] > 0
+
+
+@pytest.mark.parametrize("target", ["vulkan", "cuda", "metal"])
+def test_tensors_of_too_many_elements_are_refused(target, tmp_path):
+    """200064 logits of a token, and 2^31 − 1 elements of a tensor."""
+    config = ROOT / "configs" / "phi-4-mini.json"
+    accepted = "found 10734; accepted: an integer from 1 to 10733"
+    for name in ("prefill_chunk_size", "max_batch_size"):
+        most = accepted if name[0] == "p" else "found 10734; accepted: an integer from 1 to 4096"
+        with pytest.raises(ConfigError, match=f"{name}: {most}"):
+            phi3c.compile(config, target, "q4f16_1", tmp_path / "model", **{name: 10734})
+    assert not list(tmp_path.iterdir())
 
 
 @needs_device
