@@ -4,11 +4,12 @@
     python benchmarks/gpu.py configs/tiny.json --target vulkan --context 64 --prefill 128
 
 For each scheme: how long it took to compile; the largest difference of every function's output
-from the CPU's, on two layers; then, of the whole model, a prompt's prefill, a decode step of each
-batch size, and where their time went, kernel by kernel. The floor of a decode step is the bytes of
-weights, keys and values that it reads over the card's bandwidth; of a prefill, its operations over
-the rate of float16 matrix products. The peer, transformers with torch, runs on the same weights
-where it can. Weights are random for a config. Medians; in brackets the quartiles.
+from the CPU's, on two layers, and of a prompt at once from the same prompt in chunks of 16; then,
+of the whole model, a prompt's prefill, a decode step of each batch size, and where their time went,
+kernel by kernel. The floor of a decode step is the bytes of weights, keys and values that it reads
+over the card's bandwidth; of a prefill, its operations over the rate of float16 matrix products.
+The peer, transformers with torch, runs on the same weights where it can. Weights are random for a
+config. Medians; in brackets the quartiles.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
         print(f"\n{scheme}: compiled in {found['compile_seconds']:.1f} s")
         if not args.no_check:
             found["parity"] = checked(args, scheme, folder)
+            found["chunks"] = in_chunks(model, max(args.prefill))
         found["times"] = times(args, model, rates)
         print(json.dumps({scheme: found}), flush=True)  # should the machine be taken away
         del model
@@ -111,6 +113,24 @@ def checked(args: argparse.Namespace, scheme: str, folder: Path) -> dict[str, fl
     for target, name, where in ((args.target, scheme, "there"), ("cpu", on_cpu, "here")):
         phi3c.compile(small, target, name, folder / f"{scheme}-{where}", **limits)
     return parity(*(phi3c.load(folder / f"{scheme}-{where}") for where in ("there", "here")))
+
+
+def in_chunks(model: CompiledPhi3, tokens: int) -> float:
+    """Largest difference / largest logit of a prompt's last token between a forward of all tokens
+    and forwards of 16, which other kernels compute."""
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, tokens)
+    found = []
+    for chunk in (tokens, 16):
+        cache = model.create_paged_kv_cache(max_batch_size=1, max_total_seq_len=_pages(tokens))
+        cache.add_sequence(0, max_length=tokens)
+        for start in range(0, tokens, chunk):
+            part = ids[start : start + chunk]
+            with cache.forward([0], [len(part)]):
+                logits = model.prefill(model.embed(part), cache)[0]
+        found.append(logits.numpy().astype(np.float64))
+    error = float(np.abs(found[0] - found[1]).max() / np.abs(found[0]).max())
+    print(f"{f'{tokens} tokens at once and in chunks of 16':40}{error:10.1e}")
+    return error
 
 
 def times(args: argparse.Namespace, model: CompiledPhi3, rates: CardRates) -> dict:

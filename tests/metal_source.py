@@ -62,21 +62,21 @@ def parse_blob(blob: bytes) -> dict[str, MetalSource]:
     return found
 
 
-def code_of(artifact: Artifact) -> bytes:
+def code_of(library: Path) -> bytes:
     """Of the library, or of all of its objects."""
-    if artifact.linked:
-        return artifact.library.read_bytes()
-    with tarfile.open(artifact.library) as archive:
+    if library.suffix != ".tar":
+        return library.read_bytes()
+    with tarfile.open(library) as archive:
         return b"".join(archive.extractfile(entry).read() for entry in archive.getmembers())
 
 
 def sources_of(artifact: Artifact) -> dict[str, MetalSource]:
-    return parse_blob(code_of(artifact))
+    return parse_blob(code_of(artifact.library))
 
 
-def launched_by(artifact: Artifact) -> set[str]:
+def launched_by(library: Path) -> set[str]:
     """The kernels that the host's code asks for by name."""
-    found = re.findall(rb"\0(\w+_kernel(?:_\d+)?)(?=\0)", code_of(artifact))
+    found = re.findall(rb"\0(\w+_kernel(?:_\d+)?)(?=\0)", code_of(library))
     return {name.decode() for name in found}
 
 

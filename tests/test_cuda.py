@@ -145,7 +145,8 @@ def test_indices_are_of_32_bits(toy):
     assert "int64_t" not in kernels and "long" not in kernels
 
 
-@pytest.mark.parametrize(("target", "quantization"), [("cuda:sm_90", "q4f16_1"), ("cuda", "q0f16")])
+@pytest.mark.parametrize("quantization", ["q4f16_1", "q0f16"])
+@pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_90"])
 def test_all_of_phi3_mini(tmp_path, target, quantization):
     config = Phi3Config.from_file(ROOT / "configs" / "phi-3-mini-4k.json")
     place = parse_target(target)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build
+from conftest import BASE, build
 from cuda_device import needs_gpu
 from vulkan_device import needs_device
 from vulkan_validation import validated
@@ -219,6 +219,56 @@ def test_two_layers_of_phi3_mini(gpu, tmp_path):
     assert error <= 2e-2, error
 
 
+def test_a_long_prompt_at_once_and_in_chunks(gpu, tmp_path):
+    """1,100 tokens, of which CUDA's tensor cores take large tiles, in linears and in attention."""
+    config = dict(BASE, hidden_size=512, intermediate_size=4096, num_attention_heads=32)
+    config |= dict(num_key_value_heads=8, num_hidden_layers=1, max_position_embeddings=2048)
+    config |= dict(original_max_position_embeddings=2048, model_type="phi3")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = dict(max_batch_size=2, context_length=1280, prefill_chunk_size=1100)
+    ids = np.random.default_rng(1).integers(3, 199, 1100)
+    found = {}
+    for target in (gpu, "cpu"):
+        folder = tmp_path / target.partition(":")[0]
+        phi3c.compile(tmp_path / "config.json", target, "q0f16", folder, **options)
+        model = phi3c.load(folder)
+        for chunk in (1100, 300):
+            cache = model.create_paged_kv_cache(max_total_seq_len=1280)
+            cache.add_sequence(0)
+            for part in np.split(ids, range(chunk, 1100, chunk)):
+                with cache.forward([0], [len(part)]):
+                    logits = model.prefill(model.embed(part), cache)[0].numpy().ravel()
+            with cache.forward([0], [1]):  # over three parts of decode_attention's and more
+                after = model.decode(model.embed([7]), cache)[0].numpy().ravel()
+            found[target, chunk] = np.concatenate([logits, after])
+    expected = found.pop(("cpu", 1100))
+    for case, value in found.items():
+        assert np.abs(value - expected).max() <= 1e-2 * np.abs(expected).max(), case
+
+
+@pytest.mark.parametrize("gpu", [pytest.param("cuda:native", marks=needs_gpu)])
+def test_decode_steps_are_captured(gpu, toy):
+    """As CUDA graphs, whose results are those of launching kernel by kernel."""
+    model = phi3c.load(toy(gpu, "q4f16_1"))
+    graphs = model.decode_graphs
+
+    def decoded() -> np.ndarray:
+        cache = model.create_paged_kv_cache()
+        cache.add_sequence(0)
+        with cache.forward([0], [8]):
+            model.prefill(model.embed(range(8)), cache)
+        rows = []
+        for token in range(5):
+            with cache.forward([0], [1]):
+                rows.append(model.decode(model.embed([token]), cache)[0].numpy().ravel())
+        return np.array(rows)
+
+    with graphs.paused():
+        expected = decoded()
+    np.testing.assert_array_equal(decoded(), expected)
+    assert graphs.failure is None and graphs.captures > 0
+
+
 @needs_device
 @validated
 def test_no_message_of_the_validation_layer(toy, tmp_path):
@@ -262,12 +312,14 @@ def test_the_benchmark_runs(tmp_path):
     program = ROOT / "benchmarks" / "gpu.py"
     options = "--target vulkan --schemes q4f16_1 --context 32 --prefill 40 --batch 1 2"
     command = [sys.executable, program, ROOT / "configs" / "tiny.json", *options.split()]
-    command += ["--peer", "none", "--no-check"]
+    command += ["--peer", "none"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
-    times = facts["schemes"]["q4f16_1"]["times"]
+    found = facts["schemes"]["q4f16_1"]
+    assert max(found["parity"].values()) < 1e-2 and found["chunks"] < 1e-2
+    times = found["times"]
     names = {"prefill 40", "decode, batch 1, context 32", "decode, batch 2, context 32"}
     assert set(times) == names
     for name in names:

@@ -19,16 +19,21 @@ from tvm.script import tirx as T
 import phi3c
 from phi3c import cli, linker, metal
 from phi3c.artifact import Artifact
+from phi3c.compiler import compile_library
+from phi3c.config import Phi3Config
 from phi3c.device_code import device_code
 from phi3c.errors import ArtifactError, TargetError
 from phi3c.kernels.root import hand_scheduled
 from phi3c.link import link
+from phi3c.manifest import Limits
 from phi3c.metal import MetalKernel, checked, collected, kernels_of
 from phi3c.pipeline import kernel_lowering
+from phi3c.quantization.scheme import parse_scheme
 from phi3c.readiness import readiness
 from phi3c.targets import parse_target
 
-TOY = Path(__file__).parent.parent / "examples" / "toy" / "checkpoint"
+ROOT = Path(__file__).parent.parent
+TOY = ROOT / "examples" / "toy" / "checkpoint"
 CPU = "cpu:apple-m1:arm64-apple-macos"
 CASES = [("toy", "q4f16_1"), ("tiny", "q0f16"), ("tiny", "q0f32")]
 
@@ -79,7 +84,7 @@ def copied(artifact: Artifact, folder: Path) -> Artifact:
 def test_every_kernel_is_there_and_within_the_limits(unlinked, case):
     artifact = unlinked(*case)
     sources, needs = metal_source.sources_of(artifact), artifact.manifest.target.needs
-    assert metal_source.launched_by(artifact) == set(sources)
+    assert metal_source.launched_by(artifact.library) == set(sources)
     assert len(sources) == needs.kernels > 30
     assert needs.threads <= 256
     assert needs.shared_bytes == max(s.shared_bytes for s in sources.values()) <= 32768
@@ -99,6 +104,19 @@ def test_the_sources_are_what_metal_takes(unlinked, case):
         ]
         for word in ("bfloat", "long", "simd_", "INFINITY", "NAN", "double"):
             assert word not in source.text, (source.name, word)
+
+
+@pytest.mark.parametrize("quantization", ["q4f16_1", "q0f16"])
+def test_all_of_phi3_mini(quantization, tmp_path):
+    config = Phi3Config.from_file(ROOT / "configs" / "phi-3-mini-4k.json")
+    scheme, library = parse_scheme(quantization), tmp_path / "model.tar"
+    limits = Limits(8, 4096, 512)
+    needs = compile_library(config, scheme, parse_target("metal"), limits, library).needs
+    sources = metal_source.parse_blob(metal_source.code_of(library))
+    assert metal_source.launched_by(library) == set(sources)
+    assert len(sources) == needs.kernels > 30
+    assert needs.threads <= 256 and needs.shared_bytes <= 32768
+    assert any("simdgroup_multiply_accumulate(" in source.text for source in sources.values())
 
 
 @pytest.mark.skipif(metal_source.COMPILER is None, reason="no C++ compiler is installed")
