@@ -154,21 +154,22 @@ def times(args: argparse.Namespace, model: CompiledPhi3, rates: CardRates) -> di
 
 
 def prefill(model: CompiledPhi3, tokens: int) -> Step:
-    """One sequence's logits of its last token, on the host."""
+    """The greedy token after so many of one sequence."""
     cache = model.create_paged_kv_cache(max_batch_size=1, max_total_seq_len=_pages(tokens))
     ids = np.full(tokens, 5)
 
     def step() -> None:
         cache.add_sequence(0, max_length=tokens)
         with cache.forward([0], [tokens]):
-            model.prefill(model.embed(ids), cache)[0].numpy()
+            logits = model.prefill(model.embed(ids), cache)[0]
+        model.logit_rows(logits, [False])[0].argmax()
         cache.remove_sequence(0)
 
     return step
 
 
 def decode(model: CompiledPhi3, batch: int, context: int) -> Step:
-    """Logits of one more token of each sequence, on the host; then that token is taken back."""
+    """The greedy token of each sequence after one more, which is then taken back."""
     cache = filled(model, batch, context)
     ids = np.full(batch, 5)
     run = model.decode if batch == 1 else model.batch_decode
@@ -176,7 +177,9 @@ def decode(model: CompiledPhi3, batch: int, context: int) -> Step:
 
     def step() -> None:
         with cache.forward(every, [1] * batch):
-            run(model.embed(ids), cache)[0].numpy()
+            logits = run(model.embed(ids), cache)[0]
+        for row in model.logit_rows(logits, [False] * batch):
+            row.argmax()
         for sequence in every:
             cache.popn(sequence, 1)
 
