@@ -130,7 +130,7 @@ def test_the_inputs_of_a_step_do_not_wait_for_the_device(case, shim):
         from phi3c.runtime.device import VulkanGpu
         gpu, module = VulkanGpu(devices()[0]), module_from_bytes(data)
         before = statistics().submissions
-        inputs = [gpu.input("tokens", np.full(n, n, np.int32)) for n in range(1, 11)]
+        inputs = [gpu.inputs({"x": np.full(n, n, np.int32)})["x"] for n in range(1, 11)]
         assert statistics().submissions == before
         for n, tensor in enumerate(inputs, 1):
             module["chain"](tensor, n, 1, 1, 64)

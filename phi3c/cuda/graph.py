@@ -102,7 +102,9 @@ class DecodeGraphs:
         while size < blocks.size:
             size *= 2
         size = max(blocks.size, min(size, self._most))
-        return inputs | {_BLOCKS: np.pad(blocks, (0, size - blocks.size))}
+        padded = np.zeros(size, blocks.dtype)
+        padded[: blocks.size] = blocks
+        return inputs | {_BLOCKS: padded}
 
     def _captured(self, name: str, inputs: Values, lasting: Sequence[Any]) -> _Graph:
         if self._vm is None:  # of its own: another one's calls may be timed
@@ -189,13 +191,12 @@ class _Graph:
         return result
 
     def _put(self, inputs: Values) -> list[Tensor]:
-        """Where the graph reads them: no input of a graph outgrows its memory."""
+        """Where the graph reads them: inputs of one set of shapes stay where they are."""
         for name, memory in self._embeds.items():
             inputs[name].copyto(memory)
-        return [
-            self._embeds[name] if name in self._embeds else self._inputs.tensor(name, value)
-            for name, value in inputs.items()
-        ]
+        arrays = {name: v for name, v in inputs.items() if name not in self._embeds}
+        there = self._embeds | self._inputs.tensors(arrays)
+        return [there[name] for name in inputs]
 
 
 class _Storage:

@@ -300,8 +300,11 @@ class CompiledPhi3:
     def _call(self, name: str, inputs: dict[str, np.ndarray | Tensor], pages=None):
         self._pool.use(self.threads)
         info = self.manifest.functions[name]
-        given = ((spec.name, inputs[spec.name]) for spec in info.inputs)
-        args = [v if isinstance(v, Tensor) else self._device.input(n, v) for n, v in given]
+        given = {spec.name: inputs[spec.name] for spec in info.inputs}
+        given |= self._device.inputs(
+            {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+        )
+        args = given.values()
         return self._functions[name](*args, *self._lasting(name, pages))
 
     def _lasting(self, name: str, pages) -> list:

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -48,10 +48,11 @@ class RunDevice(Protocol):
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         """Mapped parameters, for kernels."""
 
-    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
-        """A copy of a call's input: kernels may load whole vectors, so it is aligned as TVM aligns.
+    def inputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, tvm.runtime.Tensor]:
+        """Copies of a call's inputs: kernels may load whole vectors, so they are aligned as TVM
+        aligns.
 
-        It may be gone when another one of that name is asked for.
+        They may be gone when another call's are asked for.
         """
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
@@ -77,8 +78,8 @@ class HostCpu:
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         return [tvm.runtime.from_dlpack(array) for array in arrays]
 
-    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
-        return tvm.runtime.tensor(array, self.tvm)
+    def inputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, tvm.runtime.Tensor]:
+        return {name: tvm.runtime.tensor(array, self.tvm) for name, array in arrays.items()}
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         check_memory(what, parts)
@@ -103,10 +104,13 @@ class VulkanGpu:
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
 
-    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
+    def inputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, tvm.runtime.Tensor]:
         # By way of a tensor: TVM waits for the device after a copy from an array.
-        here = tvm.runtime.tensor(array)
-        return here.copyto(tvm.runtime.empty(here.shape, here.dtype, self.tvm))
+        here = {name: tvm.runtime.tensor(array) for name, array in arrays.items()}
+        return {
+            name: tensor.copyto(tvm.runtime.empty(tensor.shape, tensor.dtype, self.tvm))
+            for name, tensor in here.items()
+        }
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         available = self.tvm.available_global_memory
@@ -138,8 +142,8 @@ class TvmGpu:
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         return [tvm.runtime.tensor(array, self.tvm) for array in arrays]
 
-    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
-        return tvm.runtime.tensor(array, self.tvm)
+    def inputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, tvm.runtime.Tensor]:
+        return {name: tvm.runtime.tensor(array, self.tvm) for name, array in arrays.items()}
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         """On a Mac, whose memory is the GPU's too, against what Metal recommends to use."""
@@ -180,8 +184,8 @@ class CudaGpu(TvmGpu):
     def parameters(self, arrays: Iterable[np.ndarray]) -> list[tvm.runtime.Tensor]:
         return list(uploaded(arrays, self.tvm))
 
-    def input(self, name: str, array: np.ndarray) -> tvm.runtime.Tensor:
-        return self._inputs.tensor(name, array)
+    def inputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, tvm.runtime.Tensor]:
+        return self._inputs.tensors(arrays)
 
     def check_memory(self, what: str, parts: dict[str, int]) -> None:
         """TVM would tell what is free on the device that it used last."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import groupby
 
 import numpy as np
 from tvm.runtime import Tensor
@@ -51,11 +52,14 @@ class _MaximaRow(LogitRow):
 def _copied(logits: Tensor, start: int, end: int) -> np.ndarray:
     """Rows `[end − start, vocab]` on the host."""
     vocab = int(logits.shape[2])
-    offset = int(start) * vocab * np.dtype(np.float32).itemsize
+    offset = start * vocab * np.dtype(np.float32).itemsize
     return logits._create_view((end - start, vocab), relative_byte_offset=offset).numpy()
 
 
 def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
     """Start and end of each run of what is true."""
-    edges = np.diff(np.asarray(flags, np.int8), prepend=0, append=0)
-    return zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0), strict=True)
+    end = 0
+    for flag, run in groupby(flags):
+        start, end = end, end + len(list(run))
+        if flag:
+            yield start, end
