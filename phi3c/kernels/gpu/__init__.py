@@ -120,7 +120,8 @@ class GpuKernels:
     def decode_attention(
         self, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, window: int | None
     ) -> tirx.PrimFunc:
-        return decode_attention(self.dtype, heads, kv_heads, head_dim, kv_dtype, window)
+        shape = (heads, kv_heads, head_dim, kv_dtype, window)
+        return decode_attention(self.limits, self.matrix, self.dtype, *shape)
 
     @cache  # noqa: B019
     def prefill_attention(

@@ -19,3 +19,12 @@ def sequence_of(size: int):
                 found[0] = b
 
     return find
+
+
+@T.inline
+def find_sequence(indptr, shift, batch, place, found):
+    """The same where a place is for 2^shift entries, which a kernel knows only when it runs."""
+    found[0] = 0
+    for b in T.serial(T.Cast("int32", batch)):
+        if place >= T.shift_right(indptr[b], shift) + b:
+            found[0] = b
