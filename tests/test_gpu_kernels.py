@@ -418,11 +418,14 @@ LOWERED = [  # kernel, arguments; the shapes of Phi-3-mini, and odd ones
     ("silu_mul", 8192),
     ("rope_table", 96, 1.19),
     ("rope_append", 32, 32, 96, 96, "float16"),
+    ("decode_attention", 32, 32, 96, "float16", None),
+    ("decode_attention", 40, 10, 128, "float16", 2047),
+    ("decode_attention", 8, 1, 128, "float32", None),
     ("copy_slots", 32, 96, "float16"),
     ("block_maxima", 32064, 501),
     ("block_maxima", 101, 2),
 ]
-KERNELS_OF = {"linear": 5}  # one for each range of rows
+KERNELS_OF = {"linear": 5, "decode_attention": 2}  # linear: one for each range of rows
 TARGETS = {
     "cuda": {"kind": "cuda", "arch": "sm_90", "host": "llvm"},
     "metal": {"kind": "metal", "host": "llvm"},
