@@ -23,6 +23,7 @@ from phi3c.kernels.gpu.linear import GEMV_ROWS
 from phi3c.kernels.low_rank import LowRank
 from phi3c.kernels.weight_format import GroupFormat
 from phi3c.logit_blocks import logit_blocks
+from phi3c.pipeline import kernel_lowering
 from phi3c.runtime.logit_row import LogitRow
 
 # As a share of the largest value: float32 sums of a few hundred terms, and one rounding.
@@ -430,14 +431,16 @@ TARGETS = {
     "cuda": {"kind": "cuda", "arch": "sm_90", "host": "llvm"},
     "metal": {"kind": "metal", "host": "llvm"},
 }
-BYTES = {"float": 4, "uint": 4, "int": 4, "half": 2}
+BYTES = {"float4": 16, "float": 4, "uint": 4, "int": 4, "half": 2}
 
 
 @cache
 def sources(target: str, kernel: str, *args) -> list[str]:
     """The kernels' sources, one string each."""
     function = getattr(GpuKernels("float16"), kernel)(*args).with_attr("global_symbol", "main")
-    built = tvm.compile(tvm.IRModule({"main": function}), target=tvm.target.Target(TARGETS[target]))
+    module = tvm.IRModule({"main": function})
+    with kernel_lowering(target):
+        built = tvm.compile(module, target=tvm.target.Target(TARGETS[target]))
     (device,) = built.mod.imports
     start = r'(?=^extern "C" __global__.*\{$)' if target == "cuda" else r"(?=^kernel void )"
     return re.split(start, device.inspect_source(), flags=re.MULTILINE)[1:]

@@ -39,19 +39,19 @@ def embedding(limits: GpuLimits, vocab_size: int, hidden_size: int, kind: Weight
 def _group_embedding(
     limits: GpuLimits, vocab_size: int, hidden_size: int, kind: GroupFormat, dtype: str
 ):
-    reader = weight_reader(hidden_size, kind)
-    unit = reader.unit
+    reader = weight_reader(limits, hidden_size, kind)
+    chunk = reader.chunk
     (q_shape, q_dtype), (scale_shape, scale_dtype) = weight_buffers(vocab_size, hidden_size, kind)
 
     @T.inline
-    def put(args, t, u):
+    def put(args, t, c):
         I, W, O = T.meta_var(args)
-        D = T.alloc_buffer((unit,), "float32", scope="local")
-        reader.read(W, D, 0, I[t], u)
-        for v in T.unroll(unit):
-            O[t, u * unit + v] = T.Cast(dtype, D[v] * reader.scale(W, I[t], u))
+        D = T.alloc_buffer((chunk,), "float32", scope="local")
+        reader.read(W, D, I[t], c)
+        for v in T.unroll(chunk):
+            O[t, c * chunk + v] = T.Cast(dtype, D[v] * reader.factor(W, I[t], c * chunk))
 
-    run = for_each(limits, hidden_size // unit, put)
+    run = for_each(limits, hidden_size // chunk, put)
 
     @T.prim_func(private=True, s_tir=True)
     def func(ids: T.handle, q: T.handle, scale: T.handle, out: T.handle):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from .limits import GpuLimits
-from .weight import VECTOR, WeightReader
+from .limits import VECTOR, GpuLimits
+from .weight import WeightReader
 
 TILE = 64  # rows of x, and output features, of a workgroup
 DEPTH = 32  # input features between two barriers: one quantization group
@@ -33,7 +33,7 @@ def gemm(
     assert 2 * DEPTH * _PITCH * 4 <= limits.shared_bytes
     across = TILE // _SIDE  # threads along the output features
     chunks = DEPTH // _CHUNK
-    unit = reader.unit
+    own = reader.chunk
     vector = VECTOR if in_features % VECTOR == 0 else 1
     whole = in_features % DEPTH == 0
     blocks = -(-out_features // TILE)
@@ -50,10 +50,10 @@ def gemm(
 
     @T.inline
     def load_w(W, B, line, r, k, feature):
-        D = T.alloc_buffer((unit,), "float32", scope="local")
-        reader.read(W, D, 0, line, feature // unit)
-        for v in T.unroll(unit):
-            B[(k + v) * _PITCH + r] = D[v] * reader.scale(W, line, feature // unit)
+        D = T.alloc_buffer((own,), "float32", scope="local")
+        reader.read(W, D, line, feature // own)
+        for v in T.unroll(own):
+            B[(k + v) * _PITCH + r] = D[v] * reader.factor(W, line, feature)
 
     @T.inline
     def zeros(S, r, k, count):
@@ -87,10 +87,10 @@ def gemm(
                             at = T.meta_var(k + c * vector)
                             line = T.meta_var(T.min(by * TILE + r, n - 1))
                             load(load_x, X, A, line, r, at, step * DEPTH + at, vector)
-                        for c in T.unroll(_CHUNK // unit):
-                            at = T.meta_var(k + c * unit)
+                        for c in T.unroll(_CHUNK // own):
+                            at = T.meta_var(k + c * own)
                             line = T.meta_var(T.min(bx * TILE + r, out_features - 1))
-                            load(load_w, W, B, line, r, at, step * DEPTH + at, unit)
+                            load(load_w, W, B, line, r, at, step * DEPTH + at, own)
                         for d in T.serial(DEPTH):
                             a = T.alloc_buffer((_SIDE,), "float32", scope="local")
                             b = T.alloc_buffer((_SIDE,), "float32", scope="local")

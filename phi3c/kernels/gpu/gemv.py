@@ -1,33 +1,66 @@
 """y = x Wᵀ for up to eight rows of x at a time: bound by the reading of W.
 
-32 threads or more share an output row, each with units of a few features (weight.py), so that
-together they read whole lines of memory; a weight, once read, serves all rows of x. Their sums meet
-in shared memory.
+A team of threads, its lanes, has some rows of W, each lane units of a few features (weight.py) of
+all of them: neighbouring lanes read neighbouring memory, a lane has a unit of every row on its way
+before it uses the first, and what it reads of x serves all of them, as a weight serves all rows of
+x. The lanes' sums meet in shared memory.
+
+One row of x comes to shared memory first, if there is room, as float32: lanes that would each read
+a quantization group of it from global memory meet in banks. There it can be normalised too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from .limits import LANES, GpuLimits
-from .sums import lanes_sum, pitch_of
-from .weight import VECTOR, WeightReader
+from .activation import silu
+from .limits import LANES, VECTOR, GpuLimits
+from .sums import helped_sums, helpers_of, pitch_of
+from .weight import WeightReader
 
-_OUTS = 2  # output rows of a thread, which share what it reads of x
+_OUTS_OF_ONE, _OUTS = 8, 4  # rows of W of a thread, for one row of x and for more
+_WORKGROUPS = 264  # that keep a large GPU busy
+_THREADS = 128  # of a workgroup at least: several teams, where lanes are few
+_FLOAT = 4  # bytes
 
-_WORKGROUPS = 512  # that a large GPU wants to be busy
+
+@dataclass(frozen=True)
+class GemvShape:
+    """lanes: of a team, which has `outs` rows of W in `steps` units a lane; teams: of a workgroup;
+    x_pitch: places of a unit of x in shared memory; room: for all of x."""
+
+    lanes: int
+    steps: int
+    outs: int
+    teams: int
+    x_pitch: int
+    room: bool
+
+    @property
+    def threads(self) -> int:
+        return self.lanes * self.teams
 
 
-def _lanes(limits: GpuLimits, out_features: int, units: int) -> int:
-    """Threads of an output row: more of them where few rows would leave a large GPU idle."""
-    lanes = LANES
-    while (
-        2 * lanes <= limits.threads // 2
-        and 2 * (2 * lanes) <= units
-        and out_features * lanes < _WORKGROUPS * limits.threads * _OUTS
-    ):
-        lanes *= 2
-    return lanes
+def gemv_shape(
+    limits: GpuLimits, rows: int, weight_rows: int, in_features: int, reader: WeightReader
+) -> GemvShape:
+    units = in_features // reader.unit
+    outs = _OUTS_OF_ONE if rows == 1 else _OUTS
+    most = min(limits.threads, limits.shared_bytes // ((rows * outs + 2) * _FLOAT))
+    exact = [n for n in range(2 * LANES, most + 1, LANES) if units % n == 0]
+    steps = units // exact[-1] if exact else -(-units // (most // LANES * LANES))
+    lanes = -(-units // (steps * LANES)) * LANES
+    teams = max(1, _THREADS // lanes)
+    while outs > 2 and weight_rows < _WORKGROUPS * outs * teams:
+        outs //= 2
+    # Vectors of neighbouring lanes are in different banks.
+    x_pitch = reader.unit + VECTOR if reader.unit > 2 * VECTOR else reader.unit
+    places = units * x_pitch + (outs + 1) * teams * pitch_of(lanes) + lanes * teams
+    room = rows == 1 and places * _FLOAT <= limits.shared_bytes
+    return GemvShape(lanes, steps, outs, teams, x_pitch, room)
 
 
 def gemv(
@@ -38,77 +71,211 @@ def gemv(
     reader: WeightReader,
     dtype: str,
     store: Callable,
+    gated: bool = False,
+    eps: float | None = None,
 ):
-    """Returns the inline function `multiply(X, W, R, O, n)`, a kernel.
+    """Returns the inline function `multiply(X, G, W, R, O, n)`, a kernel.
 
-    X `[n, in]` in `dtype`; store(R, O, row, o, value) keeps a result.
+    X `[n, in]` in `dtype`; store(R, O, row, o, value) keeps a result. gated: W is `[2·out, in]`,
+    gate and up; a result is up · silu(gate). eps, only for one row with room for it in shared
+    memory: the rows of x are normalised (norm.py) with the weight G `[in]`. Their root mean square
+    is the same for all features, so it divides the sums.
     """
-    units = in_features // reader.unit
-    lanes = _lanes(limits, out_features, units)
-    teams = limits.threads // lanes
-    block_outs = teams * _OUTS
-    sums = block_outs * rows
-    unit = reader.unit
-    vector = VECTOR if unit % VECTOR == 0 else 1
+    unit, chunk, registers = reader.unit, reader.chunk, reader.registers
+    units = in_features // unit
+    pairs = 2 if gated else 1
+    shape = gemv_shape(limits, rows, pairs * out_features, in_features, reader)
+    lanes, outs, teams, threads = shape.lanes, shape.outs, shape.teams, shape.threads
+    staged, normed = shape.room, eps is not None
+    assert staged or not normed
+    own = outs // pairs  # results of a team
+    block_outs = teams * own
+    blocks = -(-out_features // block_outs)
+    vector = min(chunk, limits.vector_of(dtype))
+    few = VECTOR if unit % VECTOR == 0 else 1  # values of x that a thread brings at once
     whole = units % lanes == 0  # every lane has as many units
     fits = out_features % block_outs == 0
-    blocks = -(-out_features // block_outs)
+    products, results = rows * teams * outs, rows * block_outs
+    sums = products + (teams if normed else 0)  # behind the products: of x²
+    helpers = helpers_of(sums, threads)
+    assert sums <= threads
     pitch = pitch_of(lanes)
-    add_up = lanes_sum(lanes)
+    share = helped_sums(sums, lanes, helpers)
+    scaled = reader.scale is not None
 
-    # Past the last row: the last one again, whose result is not kept.
-    def clamped(o):
-        return o if fits else T.min(o, out_features - 1)
+    def weight_row(first, j):
+        """Of a team's results from `first` on. Past the last: that again, which is not kept."""
+        o = first + j % own
+        return (o if fits else T.min(o, out_features - 1)) + j // own * out_features
+
+    def inside(u):
+        """Past the last unit: that again, which is not added."""
+        return u if whole else T.min(u, units - 1)
 
     def row_of(by, r, n):
         return by if rows == 1 else T.min(by * rows + r, n - 1)
 
     @T.inline
-    def add_unit(X, W, acc, n, by, first_out, u):
-        D = T.alloc_buffer((_OUTS * unit,), "float32", scope="local")
-        for j in T.unroll(_OUTS):
-            reader.read(W, D, j * unit, clamped(first_out + j * teams), u)
-        for r in T.unroll(rows):
-            stored = T.alloc_buffer((unit,), dtype, scope="local")
-            for w in T.unroll(unit // vector):
-                for v in T.vectorized(vector):
-                    stored[w * vector + v] = X[row_of(by, r, n), u * unit + w * vector + v]
-            for j in T.unroll(_OUTS):
-                part = T.alloc_buffer((1,), "float32", scope="local")
-                part[0] = T.float32(0)
-                for v in T.unroll(unit):
-                    part[0] += D[j * unit + v] * T.Cast("float32", stored[v])
-                acc[r * _OUTS + j] += part[0] * reader.scale(W, clamped(first_out + j * teams), u)
+    def fetch_unit(W, raw, first, u):
+        for j in T.unroll(outs):
+            reader.fetch(W, raw, j * registers, weight_row(first, j), inside(u))
+
+    # The first unit's factors wait for their use in the lane's own places of the parts: from
+    # registers NVIDIA's compiler moves their loads behind the products, where the lane would wait
+    # for memory again. Shared memory they must reach before the barrier behind which x is read.
+    @T.inline
+    def keep_factors(W, parts, place, first, u):
+        for j in T.unroll(outs):
+            parts[place + j * pitch] = reader.factor(W, weight_row(first, j), inside(u) * unit)
 
     @T.inline
-    def multiply(X, W, R, O, n):
+    def stage(X, G, XS, squares, row, t):
+        squares[0] = T.float32(0)
+        for i in T.unroll((in_features + threads * few - 1) // (threads * few)):
+            k = T.meta_var((i * threads + t) * few)
+            stored = T.alloc_buffer((few,), dtype, scope="local")
+            value = T.alloc_buffer((few,), "float32", scope="local")
+            if k < in_features:
+                for v in T.vectorized(few):
+                    stored[v] = X[row, k + v]
+                for v in T.unroll(few):
+                    value[v] = T.Cast("float32", stored[v])
+                if normed:
+                    weight = T.alloc_buffer((few,), "float32", scope="local")
+                    for v in T.vectorized(few):
+                        weight[v] = G[k + v]
+                    for v in T.unroll(few):
+                        squares[0] += value[v] * value[v]
+                        value[v] *= weight[v]
+                for v in T.vectorized(few):
+                    XS[k // unit * shape.x_pitch + k % unit + v] = value[v]
+
+    @T.inline
+    def load_x(X, XS, x, at, row, u, c):
+        if staged:
+            for w in T.unroll(chunk // few):
+                for v in T.vectorized(few):
+                    x[at + w * few + v] = XS[inside(u) * shape.x_pitch + c * chunk + w * few + v]
+        else:
+            stored = T.alloc_buffer((chunk,), dtype, scope="local")
+            for w in T.unroll(chunk // vector):
+                for v in T.vectorized(vector):
+                    stored[w * vector + v] = X[row, inside(u) * unit + c * chunk + w * vector + v]
+            for v in T.unroll(chunk):
+                x[at + v] = T.Cast("float32", stored[v])
+
+    @T.inline
+    def add_products(X, XS, raw, sums, n, by, u):
+        for c in T.unroll(unit // chunk):
+            if rows <= outs:
+                x = T.alloc_buffer((rows * chunk,), "float32", scope="local")
+                for r in T.unroll(rows):
+                    load_x(X, XS, x, r * chunk, row_of(by, r, n), u, c)
+                for j in T.unroll(outs):
+                    D = T.alloc_buffer((chunk,), "float32", scope="local")
+                    reader.values(raw, j * registers, c, D, 0)
+                    for r in T.unroll(rows):
+                        for v in T.unroll(chunk):
+                            sums[r * outs + j] += D[v] * x[r * chunk + v]
+            else:
+                D = T.alloc_buffer((outs * chunk,), "float32", scope="local")
+                for j in T.unroll(outs):
+                    reader.values(raw, j * registers, c, D, j * chunk)
+                for r in T.unroll(rows):
+                    x = T.alloc_buffer((chunk,), "float32", scope="local")
+                    load_x(X, XS, x, 0, row_of(by, r, n), u, c)
+                    for j in T.unroll(outs):
+                        for v in T.unroll(chunk):
+                            sums[r * outs + j] += D[j * chunk + v] * x[v]
+
+    @T.inline
+    def add_unit(X, XS, W, parts, raw, acc, n, by, place, first, u, kept):
+        if whole and not scaled:
+            add_products(X, XS, raw, acc, n, by, u)
+        else:
+            part = T.alloc_buffer((rows * outs,), "float32", scope="local")
+            for i in T.unroll(rows * outs):
+                part[i] = T.float32(0)
+            add_products(X, XS, raw, part, n, by, u)
+            for j in T.unroll(outs):
+                factor = T.alloc_buffer((1,), "float32", scope="local")
+                if kept and scaled:
+                    factor[0] = parts[place + j * pitch]
+                else:
+                    factor[0] = reader.factor(W, weight_row(first, j), inside(u) * unit)
+                if not whole:
+                    factor[0] = T.Select(u < units, factor[0], T.float32(0))
+                for r in T.unroll(rows):
+                    acc[r * outs + j] += part[r * outs + j] * factor[0]
+
+    @T.inline
+    def add_up(H, s, count, total):
+        total[0] = T.float32(0)
+        for h in T.unroll(count):
+            total[0] += H[s * helpers + h]
+
+    @T.inline
+    def finish(R, O, H, n, by, bx, t):
+        total = T.alloc_buffer((1,), "float32", scope="local")
+        if t < results:
+            s = T.meta_var(t // own * outs + t % own)
+            row = T.meta_var(by * rows + t // block_outs)
+            o = T.meta_var(bx * block_outs + t % block_outs)
+            add_up(H, s, helpers, total)
+            if normed:
+                squares = T.alloc_buffer((1,), "float32", scope="local")
+                add_up(H, products, teams * helpers, squares)
+                mean = T.meta_var(squares[0] * T.float32(1 / in_features))
+                squares[0] = T.float32(1) / T.sqrt(mean + T.float32(eps))
+                total[0] *= squares[0]
+            if gated:
+                up = T.alloc_buffer((1,), "float32", scope="local")
+                add_up(H, s + own, helpers, up)
+                if normed:
+                    up[0] *= squares[0]
+                total[0] = silu(total[0]) * up[0]
+            if row < n and o < out_features:
+                store(R, O, row, o, total[0])
+
+    @T.inline
+    def multiply(X, G, W, R, O, n):
         for by in T.thread_binding((n + (rows - 1)) // rows, thread="blockIdx.y"):
             for bx in T.thread_binding(blocks, thread="blockIdx.x"):
-                for ty in T.thread_binding(teams, thread="threadIdx.y"):
-                    for tx in T.thread_binding(lanes, thread="threadIdx.x"):
-                        parts = T.alloc_buffer((sums * pitch,), "float32", scope="shared")
-                        acc = T.alloc_buffer((rows * _OUTS,), "float32", scope="local")
-                        for i in T.unroll(rows * _OUTS):
-                            acc[i] = T.float32(0)
-                        for step in T.serial((units + lanes - 1) // lanes):
-                            if whole:
-                                add_unit(X, W, acc, n, by, bx * block_outs + ty, step * lanes + tx)
-                            else:
-                                if step * lanes + tx < units:
-                                    add_unit(
-                                        X, W, acc, n, by, bx * block_outs + ty, step * lanes + tx
-                                    )
-                        for r in T.unroll(rows):
-                            for j in T.unroll(_OUTS):
-                                at = T.meta_var(r * block_outs + j * teams + ty)
-                                parts[at * pitch + tx] = acc[r * _OUTS + j]
-                        s = T.meta_var(ty * lanes + tx)
-                        total = T.alloc_buffer((1,), "float32", scope="local")
-                        if s < sums:
-                            add_up(parts, s, total)
-                            row = T.meta_var(by * rows + s // block_outs)
-                            o = T.meta_var(bx * block_outs + s % block_outs)
-                            if row < n and o < out_features:
-                                store(R, O, row, o, total[0])
+                for t in T.thread_binding(threads, thread="threadIdx.x"):
+                    parts = T.alloc_buffer((sums * pitch,), "float32", scope="shared")
+                    shared_sums = T.alloc_buffer((threads,), "float32", scope="shared")
+                    raw = T.alloc_buffer((outs * registers,), reader.register_dtype, scope="local")
+                    acc = T.alloc_buffer((rows * outs,), "float32", scope="local")
+                    for i in T.unroll(rows * outs):
+                        acc[i] = T.float32(0)
+                    team = T.meta_var(t // lanes)
+                    lane = T.meta_var(t % lanes)
+                    first = T.meta_var(bx * block_outs + team * own)
+                    place = T.meta_var(team * outs * pitch + lane)
+                    if staged:
+                        XS = T.alloc_buffer((units * shape.x_pitch,), "float32", scope="shared")
+                        squares = T.alloc_buffer((1,), "float32", scope="local")
+                        fetch_unit(W, raw, first, lane)
+                        if scaled:
+                            keep_factors(W, parts, place, first, lane)
+                        stage(X, G, XS, squares, by, t)
+                        add_unit(X, XS, W, parts, raw, acc, n, by, place, first, lane, True)
+                        for step in T.serial(shape.steps - 1):
+                            u = T.meta_var((step + 1) * lanes + lane)
+                            fetch_unit(W, raw, first, u)
+                            add_unit(X, XS, W, parts, raw, acc, n, by, place, first, u, False)
+                        if normed:
+                            parts[(products + team) * pitch + lane] = squares[0]
+                    else:
+                        for step in T.serial(shape.steps):
+                            u = T.meta_var(step * lanes + lane)
+                            fetch_unit(W, raw, first, u)
+                            add_unit(X, None, W, parts, raw, acc, n, by, place, first, u, False)
+                    for r in T.unroll(rows):
+                        for j in T.unroll(outs):
+                            s = T.meta_var((r * teams + team) * outs + j)
+                            parts[s * pitch + lane] = acc[r * outs + j]
+                    share(parts, shared_sums, t)
+                    finish(R, O, shared_sums, n, by, bx, t)
 
     return multiply

@@ -31,7 +31,7 @@ def linear(
     The host chooses the kernel by n, with loops of no or one iteration: TVM refuses to put barriers
     into kernels that are inside a condition.
     """
-    reader = weight_reader(in_features, kind)
+    reader = weight_reader(limits, in_features, kind)
 
     @T.inline
     def store(R, O, row, o, value):
@@ -57,13 +57,13 @@ def linear(
     @T.inline
     def body(X, W, R, O, n):
         for _ in T.serial(T.Cast("int64", n == 1)):
-            one(X, W, R, O, n)
+            one(X, None, W, R, O, n)
         for _ in T.serial(T.Cast("int64", n == 2)):
-            two(X, W, R, O, n)
+            two(X, None, W, R, O, n)
         for _ in T.serial(T.Cast("int64", T.And(n > 2, n <= 4))):
-            four(X, W, R, O, n)
+            four(X, None, W, R, O, n)
         for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= GEMV_ROWS))):
-            eight(X, W, R, O, n)
+            eight(X, None, W, R, O, n)
         if two_sizes:
             for _ in T.serial(T.Cast("int64", T.And(n > GEMV_ROWS, n <= many_from))):
                 some(X, W, R, O, n)

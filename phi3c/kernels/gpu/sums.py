@@ -2,6 +2,8 @@
 
 from tvm.script import tirx as T
 
+_HELPERS = 16  # threads that share a sum, at most
+
 
 def pitch_of(lanes: int) -> int:
     """Places in shared memory for the parts of a sum of `lanes` threads: one more than there are,
@@ -24,3 +26,31 @@ def lanes_sum(lanes: int):
             total[0] += S[s * pitch_of(lanes) + k]
 
     return add_up
+
+
+def helpers_of(sums: int, threads: int) -> int:
+    """Threads that can share a sum."""
+    return max(1, min(_HELPERS, threads // sums))
+
+
+def helped_sums(sums: int, lanes: int, helpers: int):
+    """Returns the inline function `share(S, H, t)`: H[s·helpers + h], shared, becomes a part of sum
+    s of those in S (as above). All threads t of the workgroup come by; H has a place for each.
+
+    Many lanes would be a long way for one thread.
+    """
+
+    @T.inline
+    def share(S, H, t):
+        part = T.alloc_buffer((1,), "float32", scope="local")
+        part[0] = T.float32(0)
+        s = T.meta_var(T.min(t // helpers, sums - 1))
+        for k in T.serial((lanes + helpers - 1) // helpers):
+            if lanes % helpers == 0:
+                part[0] += S[s * pitch_of(lanes) + k * helpers + t % helpers]
+            else:
+                if k * helpers + t % helpers < lanes:
+                    part[0] += S[s * pitch_of(lanes) + k * helpers + t % helpers]
+        H[t] = part[0]
+
+    return share
