@@ -17,12 +17,13 @@ def plan_passes(bounds: dict[str, int], device: str = "cpu") -> list[Pass]:
     """Everything up to and including memory planning.
 
     The model calls only scheduled kernels; what is left to legalize are reshapes, which become
-    views. For CUDA, whose graphs keep addresses, all memory is planned.
+    views. For GPUs all memory is planned, kernels' own too: CUDA's graphs keep addresses, and
+    what a linear of many rows needs is as large as other intermediate results.
     """
     t = relax.transform
     return [
         AttachUpperBounds(tuple(bounds.items())),
-        *([LiftWorkspace()] if device == "cuda" else []),
+        *([] if device == "cpu" else [LiftWorkspace()]),
         t.LegalizeOps(),
         t.RewriteDataflowReshape(),
         t.ToNonDataflow(),

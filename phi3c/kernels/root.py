@@ -1,9 +1,15 @@
-"""Makes a hand-scheduled function fit for `call_tir`."""
+"""Makes hand-scheduled functions fit for `call_tir`."""
 
 from __future__ import annotations
 
 from tvm import tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
+
+
+def without(func: tirx.PrimFunc, names: set[str]) -> tirx.PrimFunc:
+    """The function without its parameters of these names, which its body does not use."""
+    kept = [parameter for parameter in func.params if parameter.name not in names]
+    return tirx.PrimFunc(kept, func.body, func.ret_type, func.attrs)
 
 
 def hand_scheduled(func: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -36,7 +36,19 @@ class Int8Rows:
         return self.words.shape[0], self.features
 
 
-Activation = Tensor | Int8Rows
+@dataclass(frozen=True)
+class NormedRows:
+    """Rows `[n, features]` before their norm, for linears that normalise what they read."""
+
+    rows: Tensor
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple:
+        return tuple(self.rows.shape)
+
+
+Activation = Tensor | Int8Rows | NormedRows
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,11 @@ class Ops:
         adapters: LinearAdapters | None = None,
         dtype: str | None = None,
     ) -> Tensor:
-        """x `[n, in]`, plain or as `quantize` gives it → x Wᵀ (+ residual) `[n, out]`, and what
-        the rows' adapters add. dtype: of the output, if it is not that of other activations.
+        """x `[n, in]`, plain or as `quantize` or `norm_for` give it → x Wᵀ (+ residual) `[n, out]`,
+        and what the rows' adapters add. dtype: of the output, if it is not that of other
+        activations.
         """
+        x = self._shared_rows(x, adapters)
         if isinstance(weight, GroupWeight) and isinstance(x, Tensor):
             x = self.quantize(x, weight.quantization)
         kind, arrays = _parts(weight)
@@ -97,9 +111,23 @@ class Ops:
             form = (out_features, x.features, kind, bool(added), self.low_rank if shrunk else None)
             args = [x.words, *arrays, *added, *shrunk]
             return nn.op.tensor_ir_op(self.kernels.int8_linear(*form), "int8_linear", args, out)
-        kernel = self.kernels.linear(out_features, x.shape[1], kind, bool(added), out.dtype)
-        y = nn.op.tensor_ir_op(kernel, "linear", [x, *arrays, *added], out)
+        read, norm = self._read(x)
+        form = (out_features, x.shape[1], kind, bool(added), out.dtype, *norm)
+        args = [*read, *arrays, *added]
+        y = nn.op.tensor_ir_op(self.kernels.linear(*form), "linear", args, out)
         return self._expand(shrunk, y) if shrunk else y
+
+    def _shared_rows(self, x: Activation, adapters: LinearAdapters | None) -> Activation:
+        """Normalised, if adapters read them too."""
+        if adapters and isinstance(x, NormedRows):
+            return self.rms_norm(x.rows, x.weight)
+        return x
+
+    def _read(self, x: Tensor | NormedRows) -> tuple[list[Tensor], list[float]]:
+        """What a linear reads x from, and the eps of the norm that it does itself, if any."""
+        if isinstance(x, NormedRows):
+            return [x.rows, x.weight], [self.config.rms_norm_eps]
+        return [x], []
 
     def _shrink(self, x: Activation, adapters: LinearAdapters) -> list[Tensor]:
         """The products of the rows' A with x, and what the other half needs: h, b, slot, rank."""
@@ -134,8 +162,10 @@ class Ops:
         kernel = self.kernels.rms_norm(x.shape[1], self.config.rms_norm_eps)
         return nn.op.tensor_ir_op(kernel, "rms_norm", [x, weight], self._out(*x.shape))
 
-    def rms_norm_quantize(self, x: Tensor, weight: Tensor, kind: Kind) -> Activation:
-        """`quantize(rms_norm(x))`, in one kernel."""
+    def norm_for(self, x: Tensor, weight: Tensor, kind: Kind) -> Activation:
+        """`rms_norm(x)` as a linear of `kind` reads it."""
+        if self.kernels.norms_in_linears:
+            return NormedRows(x, weight)
         if not self._int8(kind):
             return self.rms_norm(x, weight)
         kernel = self.kernels.rms_norm_quantize(x.shape[1], self.config.rms_norm_eps, kind.zero)
@@ -152,6 +182,13 @@ class Ops:
         """x `[n, in]`, weight of gate and up → up · silu(gate) `[n, features]`, as a linear of
         `kind` reads it.
         """
+        x = self._shared_rows(x, adapters)
+        if self.kernels.gates_in_linears and not adapters:
+            form, arrays = _parts(weight)
+            read, norm = self._read(x)
+            kernel = self.kernels.gated_linear(features, x.shape[1], form, *norm)
+            out = self._out(x.shape[0], features)
+            return nn.op.tensor_ir_op(kernel, "gated_linear", [*read, *arrays], out)
         if not (isinstance(x, Int8Rows) and self._int8(kind)):
             gate_up = self.linear(x, weight, 2 * features, adapters=adapters)
             kernel = self.kernels.silu_mul(features)

@@ -347,7 +347,7 @@ class Phi3RMSNorm(nn.Module):
         """kind: of the linears that read it; None gives the plain rows."""
         if kind is None:
             return self.ops.rms_norm(x, self.weight)
-        return self.ops.rms_norm_quantize(x, self.weight, kind)
+        return self.ops.norm_for(x, self.weight, kind)
 
 
 class Phi3Linear(nn.Module):

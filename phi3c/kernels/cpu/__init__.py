@@ -39,6 +39,7 @@ class CpuKernels:
     weight_layout = "cpu"  # layout.py, the same for every instruction set
     kv_block = KV_BLOCK
     in_host_memory = True  # what they write
+    norms_in_linears = gates_in_linears = False  # but by int8_gated
     int8_words = WORDS  # 32-bit words of a group of int8 activations
 
     def with_activations(self, dtype: str) -> CpuKernels:

@@ -37,6 +37,7 @@ class GpuKernels:
     weight_layout = "gpu"  # layout.py
     kv_block = KV_BLOCK
     in_host_memory = False  # what they write
+    norms_in_linears = gates_in_linears = True  # where no adapters read what comes between
 
     @property
     def activation_dtype(self) -> str:
@@ -85,9 +86,18 @@ class GpuKernels:
         kind: WeightFormat,
         residual: bool,
         out_dtype: str | None = None,
+        eps: float | None = None,
     ) -> tirx.PrimFunc:
-        dtypes = (self.dtype, out_dtype or self.dtype)
-        return linear(self.limits, self.matrix, out_features, in_features, kind, residual, *dtypes)
+        """eps: of the norm of what it reads, if it is to be normalised."""
+        form = (self.limits, self.matrix, out_features, in_features, kind, residual)
+        return linear(*form, self.dtype, out_dtype or self.dtype, eps=eps)
+
+    @cache  # noqa: B019
+    def gated_linear(
+        self, features: int, in_features: int, kind: WeightFormat, eps: float | None = None
+    ) -> tirx.PrimFunc:
+        form = (self.limits, self.matrix, features, in_features, kind, False)
+        return linear(*form, self.dtype, self.dtype, gated=True, eps=eps)
 
     @cache  # noqa: B019
     def shrink(self, in_features: int, low_rank: LowRank) -> tirx.PrimFunc:

@@ -13,8 +13,8 @@ def silu(x):
     return x / (T.float32(1) + T.exp2(T.min(x * T.float32(-LOG2_E), T.float32(126))))
 
 
-def silu_mul(limits: GpuLimits, intermediate_size: int, dtype: str):
-    """gate_up `[n, 2·intermediate]` (gate columns, then up) → `[n, intermediate]`, in dtype."""
+def gate_rows(limits: GpuLimits, intermediate_size: int, dtype: str):
+    """Returns the inline function `gate(G, O, n)`, a kernel, with the buffers of `silu_mul`."""
 
     @T.inline
     def put(args, t, k):
@@ -24,11 +24,22 @@ def silu_mul(limits: GpuLimits, intermediate_size: int, dtype: str):
 
     run = for_each(limits, intermediate_size, put)
 
+    @T.inline
+    def gate(G, O, n):
+        run(n, (G, O))
+
+    return gate
+
+
+def silu_mul(limits: GpuLimits, intermediate_size: int, dtype: str):
+    """gate_up `[n, 2·intermediate]` (gate columns, then up) → `[n, intermediate]`, in dtype."""
+    gate = gate_rows(limits, intermediate_size, dtype)
+
     @T.prim_func(private=True, s_tir=True)
     def func(gate_up: T.handle, out: T.handle):
         n = T.int64()
         G = T.match_buffer(gate_up, (n, 2 * intermediate_size), dtype)
         O = T.match_buffer(out, (n, intermediate_size), dtype)
-        run(n, (G, O))
+        gate(G, O, n)
 
     return hand_scheduled(func)

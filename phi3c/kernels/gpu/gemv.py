@@ -23,7 +23,9 @@ from .weight import WeightReader
 
 _OUTS_OF_ONE, _OUTS = 8, 4  # rows of W of a thread, for one row of x and for more
 _WORKGROUPS = 264  # that keep a large GPU busy
-_THREADS = 128  # of a workgroup at least: several teams, where lanes are few
+# Of a workgroup at least, in several teams where lanes are few: more of them where each workgroup
+# normalises x, whose values would take the registers of weights that are on their way.
+_THREADS, _THREADS_TO_NORMALISE = 128, 192
 _FLOAT = 4  # bytes
 
 
@@ -45,7 +47,12 @@ class GemvShape:
 
 
 def gemv_shape(
-    limits: GpuLimits, rows: int, weight_rows: int, in_features: int, reader: WeightReader
+    limits: GpuLimits,
+    rows: int,
+    weight_rows: int,
+    in_features: int,
+    reader: WeightReader,
+    normed: bool = False,
 ) -> GemvShape:
     units = in_features // reader.unit
     outs = _OUTS_OF_ONE if rows == 1 else _OUTS
@@ -53,7 +60,8 @@ def gemv_shape(
     exact = [n for n in range(2 * LANES, most + 1, LANES) if units % n == 0]
     steps = units // exact[-1] if exact else -(-units // (most // LANES * LANES))
     lanes = -(-units // (steps * LANES)) * LANES
-    teams = max(1, _THREADS // lanes)
+    wanted = _THREADS_TO_NORMALISE if normed else _THREADS
+    teams = max(1, min(wanted, most) // lanes)
     while outs > 2 and weight_rows < _WORKGROUPS * outs * teams:
         outs //= 2
     # Vectors of neighbouring lanes are in different banks.
@@ -84,9 +92,10 @@ def gemv(
     unit, chunk, registers = reader.unit, reader.chunk, reader.registers
     units = in_features // unit
     pairs = 2 if gated else 1
-    shape = gemv_shape(limits, rows, pairs * out_features, in_features, reader)
+    normed = eps is not None
+    shape = gemv_shape(limits, rows, pairs * out_features, in_features, reader, normed)
     lanes, outs, teams, threads = shape.lanes, shape.outs, shape.teams, shape.threads
-    staged, normed = shape.room, eps is not None
+    staged = shape.room
     assert staged or not normed
     own = outs // pairs  # results of a team
     block_outs = teams * own

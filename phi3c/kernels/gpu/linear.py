@@ -1,14 +1,17 @@
-"""y = x Wᵀ for any number of rows, over plain and group-quantized weights."""
+"""y = x Wᵀ for any number of rows, over plain and group-quantized weights, and what stands before
+and behind it in a layer: the norm of x, the gate of its products, the residual."""
 
 from tvm.script import tirx as T
 
-from ..root import hand_scheduled
+from ..root import hand_scheduled, without
 from ..weight_format import GroupFormat, WeightFormat
+from .activation import gate_rows
 from .gemm import gemm
-from .gemv import gemv
+from .gemv import gemv, gemv_shape
 from .half_tile import has_half_tiles
 from .limits import GpuLimits, MatrixUnits
 from .mma_gemm import LARGE, SMALL, mma_gemm, rows_of_large
+from .norm import normalise
 from .simdgroup_gemm import simdgroup_gemm
 from .weight import weight_buffers, weight_reader
 
@@ -24,14 +27,22 @@ def linear(
     residual: bool,
     dtype: str,
     out_dtype: str,
+    gated: bool = False,
+    eps: float | None = None,
 ):
-    """x `[n, in]` dtype, weight (weight.weight_buffers), (residual `[n, out]` dtype) →
-    `[n, out]` out_dtype. With `residual`, y += residual. Sums are float32.
+    """x `[n, in]` dtype, (norm `[in]` f32), weight (weight.weight_buffers), (residual `[n, out]`
+    dtype) → `[n, out]` out_dtype. Sums are float32.
+
+    With eps, x is normalised first, as norm.py has it with the weight `norm`. With `residual`,
+    y += residual. gated: the weight is `[2·out, in]`, gate and up; y = up · silu(gate).
 
     The host chooses the kernel by n, with loops of no or one iteration: TVM refuses to put barriers
-    into kernels that are inside a condition.
+    into kernels that are inside a condition. What few rows have in one kernel, normalised rows and
+    products that wait for the gate, is workspace for many.
     """
     reader = weight_reader(limits, in_features, kind)
+    normed, products = eps is not None, (2 if gated else 1) * out_features
+    assert not (gated and residual)
 
     @T.inline
     def store(R, O, row, o, value):
@@ -40,86 +51,93 @@ def linear(
         else:
             O[row, o] = T.Cast(out_dtype, value)
 
-    shape = (out_features, in_features, reader, dtype, store)
-    one, two, four, eight = (gemv(limits, rows, *shape) for rows in (1, 2, 4, 8))
+    few = (out_features, in_features, reader, dtype, store, gated)
+    normed_here = normed and gemv_shape(limits, 1, products, in_features, reader, True).room
+    one = gemv(limits, 1, *few, eps if normed_here else None)
+    two, four, eight = (gemv(limits, rows, *few) for rows in (2, 4, 8))
     units = matrix if has_half_tiles(in_features, kind, dtype) else "none"
     many_from, two_sizes = GEMV_ROWS, units == "mma"
     some = None
     if units == "mma":
-        many_from = rows_of_large(out_features)
-        half = (out_features, in_features, kind, store)
+        many_from = rows_of_large(products)
+        half = (products, in_features, kind, store)
         some, many = (mma_gemm(limits, tile, *half) for tile in (SMALL, LARGE))
     elif units == "simdgroup":
-        many = simdgroup_gemm(limits, out_features, in_features, kind, store)
+        many = simdgroup_gemm(limits, products, in_features, kind, store)
     else:
-        many = gemm(limits, *shape)
+        many = gemm(limits, products, in_features, reader, dtype, store)
+    norm = normalise(limits, in_features, eps, dtype) if normed else None
+    gate = gate_rows(limits, out_features, out_dtype) if gated else None
 
     @T.inline
-    def body(X, W, R, O, n):
+    def choose(X, G, N, W, R, P, O, n):
+        """N: X or, for those kernels that do not normalise, workspace. P: O or workspace."""
+        if normed:
+            for _ in T.serial(T.Cast("int64", n > (1 if normed_here else 0))):
+                norm(X, G, N, n)
         for _ in T.serial(T.Cast("int64", n == 1)):
-            one(X, None, W, R, O, n)
+            one(X if normed_here else N, G, W, R, O, n)
         for _ in T.serial(T.Cast("int64", n == 2)):
-            two(X, None, W, R, O, n)
+            two(N, None, W, R, O, n)
         for _ in T.serial(T.Cast("int64", T.And(n > 2, n <= 4))):
-            four(X, None, W, R, O, n)
+            four(N, None, W, R, O, n)
         for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= GEMV_ROWS))):
-            eight(X, None, W, R, O, n)
+            eight(N, None, W, R, O, n)
         if two_sizes:
             for _ in T.serial(T.Cast("int64", T.And(n > GEMV_ROWS, n <= many_from))):
-                some(X, W, R, O, n)
+                some(N, W, R, P, n)
         for _ in T.serial(T.Cast("int64", n > many_from)):
-            many(X, W, R, O, n)
+            many(N, W, R, P, n)
+        if gated:
+            for _ in T.serial(T.Cast("int64", n > GEMV_ROWS)):
+                gate(P, O, n)
 
-    grouped = isinstance(kind, GroupFormat)
-    (w_shape, w_dtype), *rest = weight_buffers(out_features, in_features, kind)
+    @T.inline
+    def body(X, G, W, R, O, n):
+        if normed and gated:
+            N = T.alloc_buffer((n, in_features), dtype)
+            P = T.alloc_buffer((n, products), out_dtype)
+            choose(X, G, N, W, R, P, O, n)
+        elif normed:
+            N = T.alloc_buffer((n, in_features), dtype)
+            choose(X, G, N, W, R, O, O, n)
+        elif gated:
+            P = T.alloc_buffer((n, products), out_dtype)
+            choose(X, G, X, W, R, P, O, n)
+        else:
+            choose(X, G, X, W, R, O, O, n)
+
+    (w_shape, w_dtype), *rest = weight_buffers(products, in_features, kind)
     s_shape, s_dtype = rest[0] if rest else (None, None)
 
-    if grouped and residual:
+    if isinstance(kind, GroupFormat):
 
         @T.prim_func(private=True, s_tir=True)
-        def func(x: T.handle, q: T.handle, scale: T.handle, res: T.handle, out: T.handle):
+        def func(
+            x: T.handle, norm: T.handle, q: T.handle, scale: T.handle, res: T.handle, out: T.handle
+        ):
             n = T.int64()
             X = T.match_buffer(x, (n, in_features), dtype)
+            G = T.match_buffer(norm, (in_features,), "float32")
             Q = T.match_buffer(q, w_shape, w_dtype)
             S = T.match_buffer(scale, s_shape, s_dtype)
             R = T.match_buffer(res, (n, out_features), dtype)
             O = T.match_buffer(out, (n, out_features), out_dtype)
             W = T.meta_var((Q, S))
-            body(X, W, R, O, n)
-
-    elif grouped:
-
-        @T.prim_func(private=True, s_tir=True)
-        def func(x: T.handle, q: T.handle, scale: T.handle, out: T.handle):
-            n = T.int64()
-            X = T.match_buffer(x, (n, in_features), dtype)
-            Q = T.match_buffer(q, w_shape, w_dtype)
-            S = T.match_buffer(scale, s_shape, s_dtype)
-            O = T.match_buffer(out, (n, out_features), out_dtype)
-            W = T.meta_var((Q, S))
-            body(X, W, None, O, n)
-
-    elif residual:
-
-        @T.prim_func(private=True, s_tir=True)
-        def func(x: T.handle, weight: T.handle, res: T.handle, out: T.handle):
-            n = T.int64()
-            X = T.match_buffer(x, (n, in_features), dtype)
-            M = T.match_buffer(weight, w_shape, w_dtype)
-            R = T.match_buffer(res, (n, out_features), dtype)
-            O = T.match_buffer(out, (n, out_features), out_dtype)
-            W = T.meta_var((M,))
-            body(X, W, R, O, n)
+            body(X, G, W, R, O, n)
 
     else:
 
         @T.prim_func(private=True, s_tir=True)
-        def func(x: T.handle, weight: T.handle, out: T.handle):
+        def func(x: T.handle, norm: T.handle, weight: T.handle, res: T.handle, out: T.handle):
             n = T.int64()
             X = T.match_buffer(x, (n, in_features), dtype)
+            G = T.match_buffer(norm, (in_features,), "float32")
             M = T.match_buffer(weight, w_shape, w_dtype)
+            R = T.match_buffer(res, (n, out_features), dtype)
             O = T.match_buffer(out, (n, out_features), out_dtype)
             W = T.meta_var((M,))
-            body(X, W, None, O, n)
+            body(X, G, W, R, O, n)
 
-    return hand_scheduled(func)
+    left_out = {"G": not normed, "R": not residual}
+    return hand_scheduled(without(func, {name for name, out in left_out.items() if out}))

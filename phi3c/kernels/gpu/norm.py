@@ -9,8 +9,8 @@ from .limits import GpuLimits
 from .reduce import reduction
 
 
-def rms_norm(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
-    """x `[n, hidden]` dtype, weight `[hidden]` f32 → x / sqrt(mean(x²) + eps) · weight, dtype.
+def normalise(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
+    """Returns the inline function `norm(X, W, O, n)`, a kernel, with the buffers of `rms_norm`.
 
     A workgroup has a row.
     """
@@ -18,12 +18,8 @@ def rms_norm(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
     steps = -(-hidden_size // threads)
     added = reduction(operator.add, 0.0)
 
-    @T.prim_func(private=True, s_tir=True)
-    def func(x: T.handle, weight: T.handle, out: T.handle):
-        n = T.int64()
-        X = T.match_buffer(x, (n, hidden_size), dtype)
-        W = T.match_buffer(weight, (hidden_size,), "float32")
-        O = T.match_buffer(out, (n, hidden_size), dtype)
+    @T.inline
+    def norm(X, W, O, n):
         for i in T.thread_binding(n, thread="blockIdx.x"):
             for tx in T.thread_binding(threads, thread="threadIdx.x"):
                 part = T.alloc_buffer((1,), "float32", scope="local")
@@ -42,5 +38,20 @@ def rms_norm(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
                     k = T.meta_var(j * threads + tx)
                     if k < hidden_size:
                         O[i, k] = T.Cast(dtype, T.Cast("float32", X[i, k]) * inverse[0] * W[k])
+
+    return norm
+
+
+def rms_norm(limits: GpuLimits, hidden_size: int, eps: float, dtype: str):
+    """x `[n, hidden]` dtype, weight `[hidden]` f32 → x / sqrt(mean(x²) + eps) · weight, dtype."""
+    norm = normalise(limits, hidden_size, eps, dtype)
+
+    @T.prim_func(private=True, s_tir=True)
+    def func(x: T.handle, weight: T.handle, out: T.handle):
+        n = T.int64()
+        X = T.match_buffer(x, (n, hidden_size), dtype)
+        W = T.match_buffer(weight, (hidden_size,), "float32")
+        O = T.match_buffer(out, (n, hidden_size), dtype)
+        norm(X, W, O, n)
 
     return hand_scheduled(func)
