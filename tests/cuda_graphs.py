@@ -101,6 +101,8 @@ def check_one_launch(model: CompiledPhi3) -> None:
         before = launches()
         steps.forward(model.decode, [0], [token])
         counts.append(tuple(now - then for now, then in zip(launches(), before, strict=True)))
+    # Embedding, rope, head; of a layer: qkv, rope, attention's two, o, gate and up, down.
+    assert counts[0][0] == 3 + 7 * model.manifest.kv_layout.layers
     print(f"(kernels, graphs) of a step when its shapes come first, and then: {counts}")
     assert counts[0][1] == 0 and counts[1] == (2 * counts[0][0] - 1, 1) and counts[2] == (1, 1)
 

@@ -54,7 +54,8 @@ def kernels_of(source: str, target: str) -> list[str]:
     if target == "cuda":
         return parts
     structs = [p for p in parts if p.startswith("struct")]
-    kernels = [p for p in parts if p.startswith("kernel")]
+    # Each is a file of its own; what follows the last line of one is the head of the next.
+    kernels = [p.partition("#include")[0] for p in parts if p.startswith("kernel")]
     return [s + k for s, k in zip(structs, kernels, strict=True)]
 
 

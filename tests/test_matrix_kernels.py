@@ -16,9 +16,11 @@ from test_gpu_kernels import BYTES, conditions_around_barriers, groups, normal, 
 
 from phi3c.cuda import codegen, nvrtc
 from phi3c.kernels.gpu import GpuKernels
-from phi3c.kernels.gpu.limits import GpuLimits
+from phi3c.kernels.gpu.gemv import gemv_shape
+from phi3c.kernels.gpu.limits import CUDA, GpuLimits
 from phi3c.kernels.gpu.mma_gemm import LARGE, SMALL, rows_of_large
 from phi3c.kernels.gpu.simdgroup_gemm import TILE
+from phi3c.kernels.gpu.weight import weight_reader
 from phi3c.kernels.weight_format import GroupFormat
 
 # target → its units, and of each kernel of many rows its place in the source and its tile's side
@@ -147,6 +149,35 @@ def test_emulated_rows_stay_apart(target, place, side, tmp_path):
     beside, _ = run(kernel, side, x, arrays, None, 40, "float16")
     assert np.isnan(beside[1]).all()
     np.testing.assert_array_equal(np.delete(beside, 1, 0), np.delete(alone, 1, 0))
+
+
+ONE_ROW = [  # out, in, weight; the last shapes have lanes past the last unit and rows past the last
+    (8, 3072, groups(4)),
+    (17, 96, groups(3)),
+    (9, 160, groups(8)),
+    (6, 264, "float16"),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", UNITS)
+@pytest.mark.parametrize(("out", "in_", "kind"), ONE_ROW, ids=str)
+def test_emulated_norm_product_and_gate_of_one_row(out, in_, kind, target, tmp_path):
+    limits = CUDA if target == "cuda" else GpuLimits()
+    function = GpuKernels("float16", limits).gated_linear(out, in_, kind, 1e-5)
+    kernel = EmulatedKernel(kernels_of(plain_source(function, target), target)[1], target, tmp_path)
+    arrays, values = random_weight(1, 2 * out, in_, kind)
+    x, norm = normal(3, 1, in_, dtype="float16"), normal(4, in_) * np.float32(in_**-0.5)
+    expected = twins.silu_mul(twins.row_major_linear(twins.rms_norm(x, norm, 1e-5), values))
+    shape = gemv_shape(limits, 1, 2 * out, in_, weight_reader(limits, in_, kind), True)
+    assert shape.room
+    grid = -(-2 * out // (shape.outs * shape.teams)), 1
+    names = "QS" if len(arrays) == 2 else "M"
+    for reversed in (False, True):
+        found = np.full((1, out), np.nan, "float16")
+        buffers = {"X": x, "G": norm, "O": found, **dict(zip(names, arrays, strict=True))}
+        kernel(buffers, {"n": 1}, grid, shape.threads, reversed)
+        assert kernel_error(found, expected) <= TOLERANCE
 
 
 # Of a kernel's barriers, those without which the emulator's results are wrong in one order of the
