@@ -14,7 +14,7 @@ from phi3c.artifact import Artifact
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 _SHIM = Path(__file__).parent / "metal"
-BYTES = {"float": 4, "uint": 4, "int": 4, "half": 2, "ushort": 2}
+BYTES = {"float4": 16, "float": 4, "uint": 4, "int": 4, "half": 2, "ushort": 2}
 
 
 @dataclass(frozen=True)
