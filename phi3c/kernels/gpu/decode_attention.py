@@ -10,11 +10,10 @@ from tvm.script import tirx as T
 from ..layout import KV_BLOCK
 from ..root import hand_scheduled
 from .kv_step import BLOCKS, KEYS, kv_step, shares_of
-from .limits import GpuLimits, MatrixUnits
+from .limits import VECTOR, GpuLimits, MatrixUnits
 from .parts import first_block, joined, part_shift, places
 from .ragged import find_sequence
 from .softmax import MASKED, UNMASKED
-from .weight import VECTOR
 
 _BANKS = 32  # of shared memory
 _OCTET = 8  # scores that one thread compares, and such octets of a step

@@ -15,8 +15,7 @@ from math import gcd
 from tvm.script import tirx as T
 
 from ..layout import KV_BLOCK
-from .limits import GpuLimits, MatrixUnits
-from .weight import VECTOR
+from .limits import VECTOR, GpuLimits, MatrixUnits
 
 BLOCKS = 4  # KV blocks of a step
 KEYS = BLOCKS * KV_BLOCK

@@ -12,8 +12,8 @@ from tvm.script import tirx as T
 
 from ..layout import KV_BLOCK
 from .kv_step import BLOCKS
+from .limits import VECTOR
 from .softmax import MASKED
-from .weight import VECTOR
 
 _WORKGROUPS = 4096  # more make a large GPU no busier
 _THREADS = 128
