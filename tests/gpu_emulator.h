@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -62,12 +63,13 @@ struct Warp {
 struct Copy {
   char* to;
   const void* from;
-  int bytes;  // the rest of 16 becomes zeros
+  int size, bytes;  // of `size`, what is past `bytes` becomes zeros
 };
 
 struct Thread {
   ucontext_t context;
-  std::vector<Copy> issued, committed;
+  std::vector<Copy> issued;
+  std::deque<std::vector<Copy>> committed;  // groups
   std::unique_ptr<char[]> stack;
   bool done = false;
   uint3_ index;
@@ -208,29 +210,29 @@ inline void ldmatrix_x4_trans(unsigned& r0, unsigned& r1, unsigned& r2, unsigned
   sync_warp();
 }
 
-inline void cp_async(unsigned to, const void* from, unsigned bytes) {
+inline void cp_async(unsigned to, const void* from, int size, unsigned bytes) {
   Warp& w = warp();
-  if (to % 16 || (uintptr_t)from % 16 || bytes > 16) fail("cp.async of what is not a vector");
+  if (to % size || (uintptr_t)from % size || (int)bytes > size) fail("cp.async is not aligned");
   w.address[lane()] = to;
   sync_warp();
-  if (lane() % 8 == 0) count_conflicts(w.address + lane());
-  memset(shared + to, 0xff, 16);
-  current->issued.push_back({shared + to, from, (int)bytes});
+  if (lane() % 8 == 0 && size == 16) count_conflicts(w.address + lane());
+  memset(shared + to, 0xff, size);
+  current->issued.push_back({shared + to, from, size, (int)bytes});
   sync_warp();
 }
 
 inline void cp_async_commit() {
-  auto& issued = current->issued;
-  current->committed.insert(current->committed.end(), issued.begin(), issued.end());
-  issued.clear();
+  current->committed.push_back(std::move(current->issued));
+  current->issued.clear();
 }
 
-inline void cp_async_wait_all_committed() {
-  for (const Copy& copy : current->committed) {
-    memset(copy.to, 0, 16);
-    memcpy(copy.to, copy.from, copy.bytes);
-  }
-  current->committed.clear();
+// For all groups but the last ones.
+inline void cp_async_wait(int last) {
+  for (; (int)current->committed.size() > last; current->committed.pop_front())
+    for (const Copy& copy : current->committed.front()) {
+      memset(copy.to, 0, copy.size);
+      memcpy(copy.to, copy.from, copy.bytes);
+    }
 }
 
 template <typename T>
@@ -395,18 +397,55 @@ inline unsigned tvm_builtin_cuda_cvta_generic_to_shared(void* p) {
 }
 inline int tvm_builtin_cuda_any_sync(unsigned, int mine) { return emulator::any(mine); }
 inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(unsigned to, const void* from) {
-  emulator::cp_async(to, from, 16);
+  emulator::cp_async(to, from, 16, 16);
 }
-inline void tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_16(unsigned to,
-                                                                           const void* from,
-                                                                           unsigned bytes) {
-  emulator::cp_async(to, from, bytes);
-}
+#define COPY(name, size)                                                         \
+  inline void tvm_builtin_ptx_cp_async_##name##_##size(unsigned to, const void* from, \
+                                                       unsigned bytes) {         \
+    emulator::cp_async(to, from, size, bytes);                                   \
+  }
+COPY(cg_src_size_async_cg_shared_global, 16)
+COPY(cg_src_size_async_cg_shared_global_L2__128B, 16)
+COPY(ca_src_size_async_ca_shared_global_L2__128B, 8)
+COPY(ca_src_size_async_ca_shared_global_L2__128B, 4)
 inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
   emulator::cp_async_commit();
 }
-inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0() {
-  emulator::cp_async_wait_all_committed();
+#define WAIT(last)                                                                \
+  inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_##last() { \
+    emulator::cp_async_wait(last);                                                \
+  }
+WAIT(0)
+WAIT(1)
+WAIT(2)
+WAIT(3)
+WAIT(4)
+WAIT(5)
+inline void tvm_builtin_ptx_prmt_b32(unsigned& to, unsigned a, unsigned b, unsigned bytes) {
+  uint64_t both = (uint64_t)b << 32 | a;
+  unsigned found = 0;  // a selector's fourth bit, which spreads a sign, is not emulated
+  for (int i = 0; i < 4; ++i)
+    found |= unsigned(both >> 8 * (bytes >> 4 * i & 7) & 0xff) << 8 * i;
+  to = found;
+}
+// Of two halves. The float holds what these kernels' sums and products are before they are rounded.
+template <typename F>
+unsigned of_halves(F result) {
+  unsigned found = 0;
+  for (int i = 0; i < 2; ++i) found |= (unsigned)half(result(i)).bits << 16 * i;
+  return found;
+}
+inline void tvm_builtin_ptx_add_half_rn_f16x2(unsigned& to, unsigned a, unsigned b) {
+  using emulator::half_of;
+  to = of_halves([=](int i) { return half_of(a, i) + half_of(b, i); });
+}
+inline void tvm_builtin_ptx_mul_half_rn_f16x2(unsigned& to, unsigned a, unsigned b) {
+  using emulator::half_of;
+  to = of_halves([=](int i) { return half_of(a, i) * half_of(b, i); });
+}
+inline void tvm_builtin_ptx_fma_half_rn_f16x2(unsigned& to, unsigned a, unsigned b, unsigned c) {
+  using emulator::half_of;
+  to = of_halves([=](int i) { return half_of(a, i) * half_of(b, i) + half_of(c, i); });
 }
 inline float without_denormals(float x) { return std::fabs(x) < 1.17549435e-38f ? 0 : x; }
 inline void tvm_builtin_ptx_ex2_approx_ftz_f32(float& to, float x) {

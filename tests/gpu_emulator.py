@@ -96,7 +96,7 @@ def _as_cpp(kernel: str, target: str) -> tuple[str, list[str], list[str]]:
     launch = f"""
 extern "C" long launch(void** pointers, int64_t* numbers, unsigned* grid,
                        unsigned threads, bool reversed) {{
-  emulator::run_grid({{grid[0], grid[1], 1}}, {{threads, 1, 1}}, reversed,
+  emulator::run_grid({{grid[0], grid[1], grid[2]}}, {{threads, 1, 1}}, reversed,
                      [&] {{ {name}({", ".join(arguments)}); }});
   return emulator::conflicts;
 }}
@@ -122,7 +122,7 @@ class EmulatedKernel:
         self._launch.restype = ctypes.c_long
 
     def __call__(
-        self, buffers: dict[str, np.ndarray], numbers: dict[str, int], grid: tuple[int, int],
+        self, buffers: dict[str, np.ndarray], numbers: dict[str, int], grid: tuple[int, ...],
         threads: int, reversed: bool = False,
     ) -> int:  # fmt: skip
         """Runs; returns how many rows of matrices met in a bank of shared memory."""
@@ -130,6 +130,6 @@ class EmulatedKernel:
         pointers = (ctypes.c_void_p * len(buffers))(
             *[buffers[name].ctypes.data for name in self._pointers]
         )
-        size = (ctypes.c_uint * 2)(*grid)
+        size = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
         values = (ctypes.c_int64 * len(numbers))(*[numbers[name] for name in self._numbers])
         return self._launch(pointers, values, size, threads, ctypes.c_bool(reversed))

@@ -1,5 +1,6 @@
 """Linears of many rows on tensor cores (CUDA) and simdgroup matrices (Metal): their source, run by
-an emulator (gpu_emulator.py), and what NVIDIA's compiler makes of it. No GPU is needed."""
+an emulator (gpu_emulator.py), and what NVIDIA's compiler makes of it; no GPU is needed. Those of
+fewer rows: test_skinny_kernels.py."""
 
 from __future__ import annotations
 
@@ -18,15 +19,15 @@ from phi3c.cuda import codegen, nvrtc
 from phi3c.kernels.gpu import GpuKernels
 from phi3c.kernels.gpu.gemv import gemv_shape
 from phi3c.kernels.gpu.limits import CUDA, GpuLimits
-from phi3c.kernels.gpu.mma_gemm import LARGE, SMALL, rows_of_large
-from phi3c.kernels.gpu.simdgroup_gemm import TILE
+from phi3c.kernels.gpu.mma_gemm import TILE as MMA_TILE
+from phi3c.kernels.gpu.mma_gemm import from_rows
+from phi3c.kernels.gpu.simdgroup_gemm import TILE as SIMDGROUP_TILE
 from phi3c.kernels.gpu.weight import weight_reader
 from phi3c.kernels.weight_format import GroupFormat
 
-# target → its units, and of each kernel of many rows its place in the source and its tile's side
 UNITS = {"cuda": "mma", "metal": "simdgroup"}
-TILES = {"cuda": [(4, SMALL.side), (5, LARGE.side)], "metal": [(4, TILE)]}
-VARIANTS = [(target, *tile) for target in TILES for tile in TILES[target]]
+LIMITS = {"cuda": CUDA, "metal": GpuLimits()}
+TILES = {"cuda": MMA_TILE, "metal": SIMDGROUP_TILE}  # sides; the kernel is a linear's last one
 TOLERANCE = 6e-4  # as a share of the largest value: one rounding to float16
 KINDS = ["float16", groups(3), groups(4), groups(8)]
 LOWERED = [(9216, 3072, k) for k in KINDS] + [(101, 96, k) for k in KINDS] + [(33, 40, "float16")]
@@ -35,7 +36,7 @@ needs_compiler = pytest.mark.skipif(not gpu_emulator.COMPILER, reason="no C++ co
 
 
 def linear(target: str, *args, dtype: str = "float16"):
-    return GpuKernels(dtype, matrix=UNITS[target]).linear(*args)
+    return GpuKernels(dtype, LIMITS[target], UNITS[target]).linear(*args)
 
 
 # What is emitted
@@ -44,25 +45,22 @@ def linear(target: str, *args, dtype: str = "float16"):
 @pytest.mark.parametrize("target", UNITS)
 @pytest.mark.parametrize(("out", "in_", "kind"), LOWERED, ids=str)
 def test_kernels_use_the_units_within_the_limits(target, out, in_, kind):
-    found = kernels_of(source_of(linear(target, out, in_, kind, True), target), target)
-    assert len(found) == 4 + len(TILES[target])
+    source = kernels_of(source_of(linear(target, out, in_, kind, True), target), target)[-1]
     steps = 2 if in_ > 32 else 1  # multiplications of a step, in the loop and after it
-    for place, side in TILES[target]:
-        source = found[place]
-        if target == "cuda":
-            fragments = 16 if side == SMALL.side else 32
-            instruction = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-            assert source.count(instruction) == steps * fragments
-            assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in source
-            assert int(re.search(r"__launch_bounds__\((\d+)\)", source)[1]) <= 256
-        else:
-            assert source.count("simdgroup_multiply_accumulate(") == steps * 64
-            assert re.search(r"simdgroup_float8x8 acc\w*\[16\]", source)
-        shared = re.findall(
-            r"^ +(?:__shared__ alignas\(64\)|threadgroup) (\w+) \w+\[(\d+)\];", source, re.MULTILINE
-        )
-        assert 0 < sum(BYTES[t] * int(count) for t, count in shared) <= GpuLimits().shared_bytes
-        assert not conditions_around_barriers(source)
+    if target == "cuda":
+        instruction = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+        assert source.count(instruction) == steps * 32
+        assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in source
+        assert int(re.search(r"__launch_bounds__\((\d+)\)", source)[1]) <= 256
+    else:
+        assert source.count("simdgroup_multiply_accumulate(") == steps * 64
+        assert re.search(r"simdgroup_float8x8 acc\w*\[16\]", source)
+    shared = re.findall(
+        r"^ +(?:__shared__ alignas\(64\)|threadgroup) (\w+) \w+\[(\d+)\];", source, re.MULTILINE
+    )
+    used = sum(BYTES[t] * int(count) for t, count in shared)
+    assert 0 < used <= LIMITS[target].shared_bytes
+    assert not conditions_around_barriers(source)
 
 
 @pytest.mark.parametrize("target", UNITS)
@@ -79,16 +77,16 @@ def test_kernels_use_the_units_within_the_limits(target, out, in_, kind):
 )
 def test_other_linears_stay_portable(target, in_, kind, dtype):
     args = (40, in_, kind, False)
-    portable = GpuKernels(dtype).linear(*args)
+    portable = GpuKernels(dtype, LIMITS[target]).linear(*args)
     found, expected = (source_of(f, target) for f in (linear(target, *args, dtype=dtype), portable))
     assert found == expected
     assert "mma.sync" not in found and "simdgroup_" not in found
 
 
 def test_large_tiles_are_for_what_fills_a_gpu():
-    assert rows_of_large(32064) == SMALL.side
-    assert rows_of_large(16384) == LARGE.side
-    assert rows_of_large(3072) == 5 * LARGE.side
+    assert from_rows(32064) == 64
+    assert from_rows(16384) == MMA_TILE
+    assert from_rows(3072) == 5 * MMA_TILE
 
 
 # What it computes
@@ -121,10 +119,10 @@ CASES = [  # out, in, weight, residual, output
 
 
 @needs_compiler
-@pytest.mark.parametrize(("target", "place", "side"), VARIANTS)
+@pytest.mark.parametrize(("target", "side"), TILES.items())
 @pytest.mark.parametrize(("out", "in_", "kind", "residual", "out_dtype"), CASES, ids=str)
-def test_emulated(out, in_, kind, residual, out_dtype, target, place, side, tmp_path):
-    source = sources(target, out, in_, kind, residual, out_dtype)[place]
+def test_emulated(out, in_, kind, residual, out_dtype, target, side, tmp_path):
+    source = sources(target, out, in_, kind, residual, out_dtype)[-1]
     kernel = EmulatedKernel(source, target, tmp_path)
     arrays, values = random_weight(1, out, in_, kind)
     written = out_dtype or "float16"
@@ -138,10 +136,10 @@ def test_emulated(out, in_, kind, residual, out_dtype, target, place, side, tmp_
 
 
 @needs_compiler
-@pytest.mark.parametrize(("target", "place", "side"), VARIANTS)
-def test_emulated_rows_stay_apart(target, place, side, tmp_path):
+@pytest.mark.parametrize(("target", "side"), TILES.items())
+def test_emulated_rows_stay_apart(target, side, tmp_path):
     """What memory holds beside the rows does not come in, nor a row into its neighbours."""
-    kernel = EmulatedKernel(sources(target, 40, 40, "float16", False)[place], target, tmp_path)
+    kernel = EmulatedKernel(sources(target, 40, 40, "float16", False)[-1], target, tmp_path)
     arrays, _ = random_weight(1, 40, 40, "float16")
     x = normal(3, side + 1, 40, dtype="float16")
     alone, _ = run(kernel, side, x, arrays, None, 40, "float16")
@@ -190,9 +188,9 @@ BARRIERS = {
 
 
 @needs_compiler
-@pytest.mark.parametrize(("target", "place", "side"), VARIANTS)
-def test_the_emulator_sees_a_missing_barrier(target, place, side, tmp_path):
-    source = sources(target, side, 96, "float16", False, None)[place]
+@pytest.mark.parametrize(("target", "side"), TILES.items())
+def test_the_emulator_sees_a_missing_barrier(target, side, tmp_path):
+    source = sources(target, side, 96, "float16", False, None)[-1]
     x, (arrays, values) = (
         normal(0, side, 96, dtype="float16"),
         random_weight(1, side, 96, "float16"),
@@ -220,6 +218,5 @@ def test_nvrtc_compiles_without_spills(arch, kind):
         )
     (code,) = made.codes.values()
     found = {use.name: use for use in code.kernels}
-    for name in ("main_kernel_4", "main_kernel_5"):
-        assert found[name].spilled == 0
-        assert found[name].registers <= 128  # two workgroups at once
+    assert found["main_kernel_6"].spilled == 0
+    assert found["main_kernel_6"].registers <= 128  # two workgroups at once

@@ -100,6 +100,7 @@ def _is_call_tir(call: relax.Call) -> bool:
 
 
 def _substituted(extent: tvm.ir.Expr, extents: dict[tirx.Var, tvm.ir.Expr]) -> tvm.ir.Expr:
-    return tvm_ffi.structural_map(
+    made = tvm_ffi.structural_map(
         extent, (tirx.Var, lambda var: extents.get(var, var)), order="post"
     )
+    return tvm.sym.Analyzer().simplify(made)  # the least of two numbers is none to relax

@@ -10,9 +10,11 @@ from .gemm import gemm
 from .gemv import gemv, gemv_shape
 from .half_tile import has_half_tiles
 from .limits import GpuLimits, MatrixUnits
-from .mma_gemm import LARGE, SMALL, mma_gemm, rows_of_large
+from .mma_gemm import from_rows, mma_gemm
 from .norm import normalise
 from .simdgroup_gemm import simdgroup_gemm
+from .skinny_gemm import FEW, MORE, add_parts, skinny_gemm, skinny_tile, workspace_shape
+from .staged import has_stages
 from .weight import weight_buffers, weight_reader
 
 GEMV_ROWS = 16  # up to here W is read once for eight rows; a tile of the GEMM has 64
@@ -51,17 +53,25 @@ def linear(
         else:
             O[row, o] = T.Cast(out_dtype, value)
 
-    few = (out_features, in_features, reader, dtype, store, gated)
     normed_here = normed and gemv_shape(limits, 1, products, in_features, reader, True).room
-    one = gemv(limits, 1, *few, eps if normed_here else None)
-    two, four, eight = (gemv(limits, rows, *few) for rows in (2, 4, 8))
+    by_rows = (out_features, in_features, reader, dtype, store, gated)
+    one = gemv(limits, 1, *by_rows, eps if normed_here else None)
+    two, four = (gemv(limits, rows, *by_rows) for rows in (2, 4))
     units = matrix if has_half_tiles(in_features, kind, dtype) else "none"
-    many_from, two_sizes = GEMV_ROWS, units == "mma"
-    some = None
+    skinny = units == "mma" and has_stages(in_features, kind)
+    eight = few = some = add = tile = None
+    if skinny:
+        gemv_most, many_from = 4, from_rows(products)
+        tile = skinny_tile(products, in_features, kind)
+        half = (tile, products, in_features, kind, store)
+        few, some = (skinny_gemm(limits, rows, *half) for rows in (FEW, MORE))
+        add = add_parts(limits, tile, products, store)
+    else:
+        gemv_most = many_from = GEMV_ROWS
+        eight = gemv(limits, 8, *by_rows)
+    parted = skinny and tile.parts > 1
     if units == "mma":
-        many_from = rows_of_large(products)
-        half = (products, in_features, kind, store)
-        some, many = (mma_gemm(limits, tile, *half) for tile in (SMALL, LARGE))
+        many = mma_gemm(limits, products, in_features, kind, store)
     elif units == "simdgroup":
         many = simdgroup_gemm(limits, products, in_features, kind, store)
     else:
@@ -70,8 +80,9 @@ def linear(
     gate = gate_rows(limits, out_features, out_dtype) if gated else None
 
     @T.inline
-    def choose(X, G, N, W, R, P, O, n):
-        """N: X or, for those kernels that do not normalise, workspace. P: O or workspace."""
+    def choose(X, G, N, W, R, P, S, O, n):
+        """N: X or, for those kernels that do not normalise, workspace. P: O or workspace, for
+        products that are not gated yet. S: workspace for sums of parts of the input features."""
         if normed:
             for _ in T.serial(T.Cast("int64", n > (1 if normed_here else 0))):
                 norm(X, G, N, n)
@@ -81,31 +92,45 @@ def linear(
             two(N, None, W, R, O, n)
         for _ in T.serial(T.Cast("int64", T.And(n > 2, n <= 4))):
             four(N, None, W, R, O, n)
-        for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= GEMV_ROWS))):
-            eight(N, None, W, R, O, n)
-        if two_sizes:
-            for _ in T.serial(T.Cast("int64", T.And(n > GEMV_ROWS, n <= many_from))):
-                some(N, W, R, P, n)
+        if skinny:
+            for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= FEW))):
+                few(N, W, R, P, S, n)
+            for _ in T.serial(T.Cast("int64", T.And(n > FEW, n <= many_from))):
+                some(N, W, R, P, S, n)
+            if parted:
+                for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= MORE))):
+                    add(n, (S, R, P))
+        else:
+            for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= GEMV_ROWS))):
+                eight(N, None, W, R, O, n)
         for _ in T.serial(T.Cast("int64", n > many_from)):
             many(N, W, R, P, n)
         if gated:
-            for _ in T.serial(T.Cast("int64", n > GEMV_ROWS)):
+            for _ in T.serial(T.Cast("int64", n > gemv_most)):
                 gate(P, O, n)
+
+    @T.inline
+    def with_sums(X, G, N, W, R, P, O, n):
+        if parted:
+            S = T.alloc_buffer(workspace_shape(tile, n, products), "float32")
+            choose(X, G, N, W, R, P, S, O, n)
+        else:
+            choose(X, G, N, W, R, P, None, O, n)
 
     @T.inline
     def body(X, G, W, R, O, n):
         if normed and gated:
             N = T.alloc_buffer((n, in_features), dtype)
             P = T.alloc_buffer((n, products), out_dtype)
-            choose(X, G, N, W, R, P, O, n)
+            with_sums(X, G, N, W, R, P, O, n)
         elif normed:
             N = T.alloc_buffer((n, in_features), dtype)
-            choose(X, G, N, W, R, O, O, n)
+            with_sums(X, G, N, W, R, O, O, n)
         elif gated:
             P = T.alloc_buffer((n, products), out_dtype)
-            choose(X, G, X, W, R, P, O, n)
+            with_sums(X, G, X, W, R, P, O, n)
         else:
-            choose(X, G, X, W, R, O, O, n)
+            with_sums(X, G, X, W, R, O, O, n)
 
     (w_shape, w_dtype), *rest = weight_buffers(products, in_features, kind)
     s_shape, s_dtype = rest[0] if rest else (None, None)

@@ -6,7 +6,6 @@ Needs compute capability 8.0 and warps of 32 threads, in the order of threadIdx.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
@@ -19,26 +18,15 @@ _VECTOR = 8  # halves of a load: 16 bytes
 _CHUNKS = DEPTH // CHUNK
 
 
-@dataclass(frozen=True)
-class MmaTile:
-    """side: rows of x, and output features, of a workgroup; two threads for each.
-    warp_rows × warp_outs: a warp's part of that.
-    """
-
-    side: int
-    warp_rows: int
-    warp_outs: int
-
-
-LARGE = MmaTile(128, 64, 32)
-SMALL = MmaTile(64, 32, 32)
+TILE = 128  # rows of x, and output features, of a workgroup; two threads for each
+_WARP_ROWS, _WARP_OUTS = 64, 32  # a warp's part of it
 _BUSY = 128  # workgroups that a large GPU wants
 
 
-def rows_of_large(out_features: int) -> int:
-    """From more rows than this on, LARGE tiles are enough to keep a large GPU busy."""
-    across = -(-out_features // LARGE.side)
-    return max(SMALL.side, (_BUSY // across) * LARGE.side)
+def from_rows(out_features: int) -> int:
+    """From more rows than this on, such tiles are enough to keep a large GPU busy."""
+    across = -(-out_features // TILE)
+    return max(TILE // 2, (_BUSY // across) * TILE)
 
 
 def _place(row, chunk):
@@ -52,7 +40,6 @@ def _place(row, chunk):
 
 def mma_gemm(
     limits: GpuLimits,
-    tile: MmaTile,
     out_features: int,
     in_features: int,
     kind: WeightFormat,
@@ -62,18 +49,17 @@ def mma_gemm(
 
     X float16, W as half_tile.has_half_tiles asks for it.
     """
-    side, warp_rows, warp_outs = tile.side, tile.warp_rows, tile.warp_outs
-    threads = 2 * side
-    across = side // warp_outs  # warps along the output features
-    assert threads == side // warp_rows * across * _WARP <= limits.threads
-    stage = side * DEPTH  # halves
+    threads = 2 * TILE
+    across = TILE // _WARP_OUTS  # warps along the output features
+    assert threads == TILE // _WARP_ROWS * across * _WARP <= limits.threads
+    stage = TILE * DEPTH  # halves
     assert 2 * 2 * stage * 2 <= limits.shared_bytes
-    down, right = warp_rows // 16, warp_outs // 8  # fragments of a warp's sums
+    down, right = _WARP_ROWS // 16, _WARP_OUTS // 8  # fragments of a warp's sums
     steps = -(-in_features // DEPTH)
-    blocks = -(-out_features // side)
+    blocks = -(-out_features // TILE)
     pair = 2 if out_features % 2 == 0 else 1  # neighbouring sums that are stored at once
-    xs = x_tile(side, in_features, _VECTOR)
-    ws = weight_tile(side, in_features, kind, _VECTOR)
+    xs = x_tile(TILE, in_features, _VECTOR)
+    ws = weight_tile(TILE, in_features, kind, _VECTOR)
 
     # A fragment of x, 16 × 16: matrices of rows 0–7 and 8–15, then of features 8–15.
     @T.inline
@@ -128,7 +114,7 @@ def mma_gemm(
     # The barriers are all here: TVM's own, which do not tell one stage from the other, are off.
     @T.inline
     def multiply(X, W, R, O, n):
-        for bx in T.thread_binding((n + (side - 1)) // side, thread="blockIdx.x"):
+        for bx in T.thread_binding((n + (TILE - 1)) // TILE, thread="blockIdx.x"):
             for by in T.thread_binding(blocks, thread="blockIdx.y"):
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     A = T.alloc_buffer((2 * stage,), "float16", scope="shared")
@@ -142,19 +128,19 @@ def mma_gemm(
                     at = T.alloc_buffer((1,), "int32", scope="local")
                     with T.attr(0, "hand_threaded", 0):
                         lane: T.let = tx % _WARP
-                        row: T.let = tx // _WARP // across * warp_rows
-                        out: T.let = tx // _WARP % across * warp_outs
+                        row: T.let = tx // _WARP // across * _WARP_ROWS
+                        out: T.let = tx // _WARP % across * _WARP_OUTS
                         for i in T.unroll(down * right * 4):
                             acc[i] = T.float32(0)
-                        xs.fetch(X, x_raw, factor, n - 1, bx * side, 0, tx)
-                        ws.fetch(W, w_raw, factor, out_features - 1, by * side, 0, tx)
+                        xs.fetch(X, x_raw, factor, n - 1, bx * TILE, 0, tx)
+                        ws.fetch(W, w_raw, factor, out_features - 1, by * TILE, 0, tx)
                         xs.put(x_raw, factor, A, 0, _place, tx)
                         ws.put(w_raw, factor, B, 0, _place, tx)
                         T.tvm_storage_sync("shared")
                         at[0] = 0
                         for step in T.serial(steps - 1):
-                            xs.fetch(X, x_raw, factor, n - 1, bx * side, step + 1, tx)
-                            ws.fetch(W, w_raw, factor, out_features - 1, by * side, step + 1, tx)
+                            xs.fetch(X, x_raw, factor, n - 1, bx * TILE, step + 1, tx)
+                            ws.fetch(W, w_raw, factor, out_features - 1, by * TILE, step + 1, tx)
                             multiply_stage(A, B, acc, at[0], row, out, lane)
                             # The other stage was read before the last barrier.
                             at[0] = stage - at[0]
@@ -162,6 +148,6 @@ def mma_gemm(
                             ws.put(w_raw, factor, B, at[0], _place, tx)
                             T.tvm_storage_sync("shared")
                         multiply_stage(A, B, acc, at[0], row, out, lane)
-                        store_sums(R, O, acc, n, bx * side + row, by * side + out, lane)
+                        store_sums(R, O, acc, n, bx * TILE + row, by * TILE + out, lane)
 
     return multiply
