@@ -1,7 +1,7 @@
-"""Brings tiles of x and W to shared memory as float16, for the matrix units (mma_gemm.py,
-simdgroup_gemm.py), in two moves: `fetch` to a thread's registers, still as stored, and `put` from
-there to shared memory, dequantized. Between the two a kernel multiplies, so that memory is waited
-for once, after the multiplications of the step before.
+"""Brings tiles of x and W to shared memory as float16, for the matrix units (simdgroup_gemm.py, and
+mma_gemm.py where W is quantized), in two moves: `fetch` to a thread's registers, still as stored,
+and `put` from there to shared memory, dequantized. Between the two a kernel multiplies, so that
+memory is waited for once, after the multiplications of the step before.
 
 A tile has DEPTH input features of its rows, and two threads a row. It lies in shared memory in
 vectors of CHUNK features; where, the kernel says: `at(row, chunk)`.

@@ -1,16 +1,19 @@
 """y = x Wᵀ for many rows by CUDA's tensor cores: mma.sync m16n8k16, float16 with float32 sums.
 
-Every warp has a part of the workgroup's tile; fragments come to registers by ldmatrix. Layouts are
-those of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "ldmatrix".
-Needs compute capability 8.0 and warps of 32 threads, in the order of threadIdx.x.
+Tiles of x, and of weights that are float16, come to shared memory by cp.async, two steps ahead;
+quantized weights are dequantized on their way (half_tile.py). Every warp has a part of the
+workgroup's tile; fragments come to registers by ldmatrix. Layouts are those of the PTX ISA, "Matrix
+Fragments for mma.m16n8k16 with floating point type" and "ldmatrix". Needs compute capability 8.0
+and warps of 32 threads, in the order of threadIdx.x.
 """
 
 from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from ..weight_format import WeightFormat
-from .half_tile import CHUNK, DEPTH, weight_tile, x_tile
+from ..weight_format import GroupFormat, WeightFormat
+from .async_copy import half_rows
+from .half_tile import CHUNK, DEPTH, weight_tile
 from .limits import GpuLimits
 
 _WARP = 32
@@ -18,8 +21,11 @@ _VECTOR = 8  # halves of a load: 16 bytes
 _CHUNKS = DEPTH // CHUNK
 
 
-TILE = 128  # rows of x, and output features, of a workgroup; two threads for each
-_WARP_ROWS, _WARP_OUTS = 64, 32  # a warp's part of it
+TILE = 128  # rows of x, and output features, of a workgroup
+# A warp's part of it: the more, the less is read from shared memory, which is as much of a bound as
+# the tensor cores are. Two workgroups fill the registers.
+_SIDE = 64
+_STAGES = 3
 _BUSY = 128  # workgroups that a large GPU wants
 
 
@@ -49,17 +55,21 @@ def mma_gemm(
 
     X float16, W as half_tile.has_half_tiles asks for it.
     """
-    threads = 2 * TILE
-    across = TILE // _WARP_OUTS  # warps along the output features
-    assert threads == TILE // _WARP_ROWS * across * _WARP <= limits.threads
-    stage = TILE * DEPTH  # halves
-    assert 2 * 2 * stage * 2 <= limits.shared_bytes
-    down, right = _WARP_ROWS // 16, _WARP_OUTS // 8  # fragments of a warp's sums
+    across = TILE // _SIDE  # warps
+    threads = across * across * _WARP
+    assert threads == TILE <= limits.threads
+    stage = TILE * DEPTH  # float16
+    assert 2 * _STAGES * stage * 2 <= limits.shared_bytes
+    down, right = _SIDE // 16, _SIDE // 8  # fragments of a warp's sums
     steps = -(-in_features // DEPTH)
     blocks = -(-out_features // TILE)
     pair = 2 if out_features % 2 == 0 else 1  # neighbouring sums that are stored at once
-    xs = x_tile(TILE, in_features, _VECTOR)
-    ws = weight_tile(TILE, in_features, kind, _VECTOR)
+    copied = not isinstance(kind, GroupFormat)
+    copy_x = half_rows(TILE, threads, DEPTH, in_features, lambda X: X, _place)
+    if copied:
+        copy_w = half_rows(TILE, threads, DEPTH, in_features, lambda W: W[0], _place)
+    else:
+        ws = weight_tile(TILE, in_features, kind, _VECTOR)
 
     # A fragment of x, 16 × 16: matrices of rows 0–7 and 8–15, then of features 8–15.
     @T.inline
@@ -110,6 +120,70 @@ def mma_gemm(
                                 for v in T.vectorized(pair):
                                     store(R, O, to, o + v, acc[(i * right + j) * 4 + h * 2 + p + v])
 
+    # What comes by cp.async, and its commit, which is there even if nothing is left to come.
+    @T.inline
+    def copy(X, W, A, B, base, n, first_row, first_out, step, tx):
+        if step < steps:
+            copy_x(X, A, base, n - 1, first_row, step, tx)
+            if copied:
+                copy_w(W, B, base, out_features - 1, first_out, step, tx)
+        T.ptx["cp.async.commit_group"]()
+
+    @T.inline
+    def multiply_copied(X, W, A, B, acc, n, first_row, first_out, row, out, lane, tx):
+        slot = T.alloc_buffer((2,), "int32", scope="local")
+        for s in T.unroll(_STAGES - 1):
+            copy(X, W, A, B, s * stage, n, first_row, first_out, s, tx)
+        # Where the stage begins that is read, and that which is written.
+        slot[0] = 0
+        slot[1] = (_STAGES - 1) * stage
+        for step in T.serial(steps):
+            T.ptx["cp.async.wait_group"](_STAGES - 2)
+            T.tvm_storage_sync("shared")
+            copy(X, W, A, B, slot[1], n, first_row, first_out, step + (_STAGES - 1), tx)
+            multiply_stage(A, B, acc, slot[0], row, out, lane)
+            slot[1] = slot[0]
+            slot[0] = T.Select(slot[0] == (_STAGES - 1) * stage, 0, slot[0] + stage)
+
+    # A thread has the halves of rows that threads of half_tile.py have, and `threads` after them.
+    @T.inline
+    def fetch_groups(W, raw, factor, first_out, step, tx):
+        ws.fetch(W, raw[0], factor[0], out_features - 1, first_out, step, tx)
+        ws.fetch(W, raw[1], factor[1], out_features - 1, first_out, step, threads + tx)
+
+    @T.inline
+    def put_groups(raw, factor, B, base, tx):
+        ws.put(raw[0], factor[0], B, base, _place, tx)
+        ws.put(raw[1], factor[1], B, base, _place, threads + tx)
+
+    @T.inline
+    def multiply_groups(X, W, A, B, acc, n, first_row, first_out, row, out, lane, tx):
+        raw_0 = T.alloc_buffer((ws.registers,), ws.register_dtype, scope="local")
+        raw_1 = T.alloc_buffer((ws.registers,), ws.register_dtype, scope="local")
+        factor_0 = T.alloc_buffer((1,), "float32", scope="local")
+        factor_1 = T.alloc_buffer((1,), "float32", scope="local")
+        raw = T.meta_var((raw_0, raw_1))
+        factor = T.meta_var((factor_0, factor_1))
+        slot = T.alloc_buffer((2,), "int32", scope="local")
+        for s in T.unroll(_STAGES - 1):
+            copy(X, W, A, B, s * stage, n, first_row, first_out, s, tx)
+        fetch_groups(W, raw, factor, first_out, 0, tx)
+        put_groups(raw, factor, B, 0, tx)
+        slot[0] = 0
+        slot[1] = (_STAGES - 1) * stage
+        for step in T.serial(steps):
+            T.ptx["cp.async.wait_group"](_STAGES - 2)
+            T.tvm_storage_sync("shared")
+            copy(X, W, A, B, slot[1], n, first_row, first_out, step + (_STAGES - 1), tx)
+            # Past the last step that one again, which nothing reads.
+            fetch_groups(W, raw, factor, first_out, T.min(step + 1, steps - 1), tx)
+            multiply_stage(A, B, acc, slot[0], row, out, lane)
+            slot[1] = slot[0]
+            slot[0] = T.Select(slot[0] == (_STAGES - 1) * stage, 0, slot[0] + stage)
+            put_groups(raw, factor, B, slot[0], tx)
+
+    multiply_all = multiply_copied if copied else multiply_groups
+
     # Neighbouring workgroups have the same features of W, which stays in the cache between them.
     # The barriers are all here: TVM's own, which do not tell one stage from the other, are off.
     @T.inline
@@ -117,37 +191,16 @@ def mma_gemm(
         for bx in T.thread_binding((n + (TILE - 1)) // TILE, thread="blockIdx.x"):
             for by in T.thread_binding(blocks, thread="blockIdx.y"):
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
-                    A = T.alloc_buffer((2 * stage,), "float16", scope="shared")
-                    B = T.alloc_buffer((2 * stage,), "float16", scope="shared")
+                    A = T.alloc_buffer((_STAGES * stage,), "float16", scope="shared")
+                    B = T.alloc_buffer((_STAGES * stage,), "float16", scope="shared")
                     acc = T.alloc_buffer((down * right * 4,), "float32", scope="local")
-                    x_raw = T.alloc_buffer((xs.registers,), xs.register_dtype, scope="local")
-                    w_raw = T.alloc_buffer((ws.registers,), ws.register_dtype, scope="local")
-                    factor = T.alloc_buffer((1,), "float32", scope="local")
-                    # Where the stage begins. (With step % 2 in the addresses, NVIDIA's compiler
-                    # breaks the vectors that are stored.)
-                    at = T.alloc_buffer((1,), "int32", scope="local")
                     with T.attr(0, "hand_threaded", 0):
                         lane: T.let = tx % _WARP
-                        row: T.let = tx // _WARP // across * _WARP_ROWS
-                        out: T.let = tx // _WARP % across * _WARP_OUTS
+                        row: T.let = tx // _WARP // across * _SIDE
+                        out: T.let = tx // _WARP % across * _SIDE
                         for i in T.unroll(down * right * 4):
                             acc[i] = T.float32(0)
-                        xs.fetch(X, x_raw, factor, n - 1, bx * TILE, 0, tx)
-                        ws.fetch(W, w_raw, factor, out_features - 1, by * TILE, 0, tx)
-                        xs.put(x_raw, factor, A, 0, _place, tx)
-                        ws.put(w_raw, factor, B, 0, _place, tx)
-                        T.tvm_storage_sync("shared")
-                        at[0] = 0
-                        for step in T.serial(steps - 1):
-                            xs.fetch(X, x_raw, factor, n - 1, bx * TILE, step + 1, tx)
-                            ws.fetch(W, w_raw, factor, out_features - 1, by * TILE, step + 1, tx)
-                            multiply_stage(A, B, acc, at[0], row, out, lane)
-                            # The other stage was read before the last barrier.
-                            at[0] = stage - at[0]
-                            xs.put(x_raw, factor, A, at[0], _place, tx)
-                            ws.put(w_raw, factor, B, at[0], _place, tx)
-                            T.tvm_storage_sync("shared")
-                        multiply_stage(A, B, acc, at[0], row, out, lane)
+                        multiply_all(X, W, A, B, acc, n, bx * TILE, by * TILE, row, out, lane, tx)
                         store_sums(R, O, acc, n, bx * TILE + row, by * TILE + out, lane)
 
     return multiply

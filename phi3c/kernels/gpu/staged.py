@@ -18,13 +18,13 @@ from tvm.script import tirx as T
 
 from ..layout import GROUP
 from ..weight_format import GroupFormat, WeightFormat
+from .async_copy import CHUNK, async_copy, half_rows
 
 STEP = 64  # input features
 MULTIPLICATIONS = STEP // 16  # of a stage
 _GROUPS = STEP // GROUP  # of a row
-_HALVES = 8  # of a vector: 16 bytes, the most that a copy has
-_WORDS = 4  # of a vector
-_CHUNKS = STEP // _HALVES  # vectors of a row of float16
+_WORDS = 4  # of a vector of 8 float16
+_CHUNKS = STEP // CHUNK  # vectors of a row of float16
 _ROW = STEP // 2  # its words
 KEPT = 5
 
@@ -74,7 +74,8 @@ def staged_x(rows: int, threads: int, in_features: int, kind: WeightFormat) -> S
                 to[c * _WORDS + w] = S[at + w]
 
     read = read_vectors if isinstance(kind, GroupFormat) else read_in_order
-    return StagedTile(rows * _ROW, _halves(rows, threads, in_features, lambda X: X), _nothing, read)
+    fetch = half_rows(rows, threads, STEP, in_features, lambda X: X, _place)
+    return StagedTile(rows * _ROW, fetch, _nothing, read)
 
 
 def staged_weight(rows: int, threads: int, in_features: int, kind: WeightFormat) -> StagedTile:
@@ -90,7 +91,7 @@ def staged_weight(rows: int, threads: int, in_features: int, kind: WeightFormat)
                 base + _place(row + lane % 16, m * 2 + lane // 16), dtype="float16",
             )  # fmt: skip
 
-    fetch = _halves(rows, threads, in_features, lambda W: W[0])
+    fetch = half_rows(rows, threads, STEP, in_features, lambda W: W[0], _place)
     return StagedTile(rows * _ROW, fetch, _nothing, read)
 
 
@@ -99,38 +100,10 @@ def _nothing(lane, k):
     pass
 
 
-def _copy(size: int):
-    """cp.async of so many bytes. The prefetch: a row's next stages are in the same 128 bytes."""
-    return T.ptx[f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global.L2::128B"]
-
-
 def _place(row, chunk):
     """Of a vector of float16, in words. A row has all banks once. What is read at once, the same
     vector of 8 rows or all even or odd ones of two rows, is in different banks."""
     return row * _ROW + T.bitwise_xor(chunk, row % _CHUNKS) * _WORDS
-
-
-def _halves(rows: int, threads: int, in_features: int, matrix: Callable) -> Callable:
-    """StagedTile.fetch of float16."""
-    copies = rows * _CHUNKS // threads
-    copy = _copy(16)
-    assert copies * threads == rows * _CHUNKS and in_features % _HALVES == 0
-
-    @T.inline
-    def fetch(M, S, base, last, first, step, tx):
-        for i in T.unroll(copies):
-            c = T.meta_var(i * threads + tx)
-            row = T.meta_var(first + c // _CHUNKS)
-            feature = T.meta_var(step * STEP + c % _CHUNKS * _HALVES)
-            held = T.meta_var(T.And(row <= last, feature < in_features))
-            copy(
-                S.access_ptr("w", offset=base + _place(c // _CHUNKS, c % _CHUNKS)),
-                T.address_of(matrix(M)[T.min(row, last), T.min(feature, in_features - _HALVES)]),
-                16,
-                T.Select(held, T.uint32(16), T.uint32(0)),
-            )
-
-    return fetch
 
 
 def _kept(value, lane):
@@ -161,7 +134,7 @@ def _groups(rows: int, threads: int, kind: GroupFormat) -> StagedTile:
     copies = -(-rows * per_row // threads)
     whole = copies * threads == rows * per_row
     scales = rows * words  # where they begin
-    copy, copy_scales = _copy(4 * size), _copy(4)
+    copy, copy_scales = async_copy(4 * size), async_copy(4)
     permute, add, multiply, multiply_add = (
         T.ptx[name] for name in ("prmt.b32", "add.rn.f16x2", "mul.rn.f16x2", "fma.rn.f16x2")
     )
