@@ -80,9 +80,9 @@ def linear(
     gate = gate_rows(limits, out_features, out_dtype) if gated else None
 
     @T.inline
-    def choose(X, G, N, W, R, P, S, O, n):
-        """N: X or, for those kernels that do not normalise, workspace. P: O or workspace, for
-        products that are not gated yet. S: workspace for sums of parts of the input features."""
+    def choose(X, G, N, W, R, Y, P, O, n):
+        """N: X or, for those kernels that do not normalise, workspace. Y: O or workspace, for
+        products that are not gated yet. P: workspace for sums of parts of the input features."""
         if normed:
             for _ in T.serial(T.Cast("int64", n > (1 if normed_here else 0))):
                 norm(X, G, N, n)
@@ -94,41 +94,41 @@ def linear(
             four(N, None, W, R, O, n)
         if skinny:
             for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= FEW))):
-                few(N, W, R, P, S, n)
+                few(N, W, R, Y, P, n)
             for _ in T.serial(T.Cast("int64", T.And(n > FEW, n <= many_from))):
-                some(N, W, R, P, S, n)
+                some(N, W, R, Y, P, n)
             if parted:
                 for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= MORE))):
-                    add(n, (S, R, P))
+                    add(n, (P, R, Y))
         else:
             for _ in T.serial(T.Cast("int64", T.And(n > 4, n <= GEMV_ROWS))):
                 eight(N, None, W, R, O, n)
         for _ in T.serial(T.Cast("int64", n > many_from)):
-            many(N, W, R, P, n)
+            many(N, W, R, Y, n)
         if gated:
             for _ in T.serial(T.Cast("int64", n > gemv_most)):
-                gate(P, O, n)
+                gate(Y, O, n)
 
     @T.inline
-    def with_sums(X, G, N, W, R, P, O, n):
+    def with_sums(X, G, N, W, R, Y, O, n):
         if parted:
-            S = T.alloc_buffer(workspace_shape(tile, n, products), "float32")
-            choose(X, G, N, W, R, P, S, O, n)
+            P = T.alloc_buffer(workspace_shape(tile, n, products), "float32")
+            choose(X, G, N, W, R, Y, P, O, n)
         else:
-            choose(X, G, N, W, R, P, None, O, n)
+            choose(X, G, N, W, R, Y, None, O, n)
 
     @T.inline
     def body(X, G, W, R, O, n):
         if normed and gated:
             N = T.alloc_buffer((n, in_features), dtype)
-            P = T.alloc_buffer((n, products), out_dtype)
-            with_sums(X, G, N, W, R, P, O, n)
+            Y = T.alloc_buffer((n, products), out_dtype)
+            with_sums(X, G, N, W, R, Y, O, n)
         elif normed:
             N = T.alloc_buffer((n, in_features), dtype)
             with_sums(X, G, N, W, R, O, O, n)
         elif gated:
-            P = T.alloc_buffer((n, products), out_dtype)
-            with_sums(X, G, X, W, R, P, O, n)
+            Y = T.alloc_buffer((n, products), out_dtype)
+            with_sums(X, G, X, W, R, Y, O, n)
         else:
             with_sums(X, G, X, W, R, O, O, n)
 
