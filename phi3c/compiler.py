@@ -22,6 +22,7 @@ from .device_code import device_code
 from .errors import ConfigError
 from .linker import find_linker, links_later, pack_objects
 from .manifest import DeviceNeeds, FunctionInfo, KVLayout, Limits, Manifest, TargetInfo, TensorSpec
+from .model.inlining import quick_inlining
 from .model.phi3 import Phi3ForCausalLM
 from .output_folder import check_output, new_folder
 from .passes.workspace import workspace_bytes
@@ -167,7 +168,8 @@ def compile_library(
     kernels = place.kernels.with_activations(scheme.activations)
     model = Phi3ForCausalLM(config, scheme, kernels, layout)
     spec = model.get_default_spec()
-    mod, _ = model.export_tvm(spec)  # parameters in the order of `parameter_specs`
+    with quick_inlining():
+        mod, _ = model.export_tvm(spec)  # parameters in the order of `parameter_specs`
     bounds = {
         "n": limits.prefill_chunk_size,
         "b": limits.max_batch_size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +16,12 @@ import tvm
 from cuda_device import found_gpu
 from transformers import Phi3Config as HFConfig
 from transformers import Phi3ForCausalLM as HFModel
+from tvm.script.parser.core.parser import ScriptMacro
 
 import phi3c
 from phi3c.config import Phi3Config
 from phi3c.kernels.cpu.isa import AVX2, AVX512, AVX512_VNNI, AVX_VNNI, NEON_I8MM, PORTABLE, Isa
+from phi3c.model.inlining import nearest_parser
 from phi3c.quantization.scheme import parse_scheme
 from phi3c.runtime.host import _linux_cpu_flags
 from phi3c.targets import parse_target
@@ -41,10 +42,7 @@ BASE = dict(
     pad_token_id=0,
 )
 
-# At every macro of a kernel TVMScript's parser describes all frames of the stack. Of code that is
-# in no file inspect seeks the module among all that are loaded, thousands with torch and
-# transformers, and finds none. That was three fourths of the time to make a kernel.
-inspect.modulesbyfile |= dict.fromkeys(("<ast>", "<string>"), "")
+ScriptMacro._find_parser_def = nearest_parser  # as in quick_inlining, for kernels that tests make
 
 _errors: dict[str, float] = {}  # model → largest error / logit scale of the whole run
 _kernel_errors: dict[str, float] = {}  # test of a kernel → largest error / largest value
