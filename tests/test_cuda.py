@@ -156,7 +156,7 @@ def test_all_of_phi3_mini(tmp_path, target, quantization):
     kernels = [kernel for code in collected.codes.values() for kernel in code.kernels]
     assert kernels_of(fat_binary(tmp_path / "model.so")[0]) == {kernel.name for kernel in kernels}
     assert made.needs.kernels == len(kernels)
-    assert max(kernel.spilled for kernel in kernels) <= 16  # bytes of a thread
+    assert not [kernel for kernel in kernels if kernel.spilled]
     assert made.needs.threads <= 256 and made.needs.shared_bytes <= 48 * 1024
 
 

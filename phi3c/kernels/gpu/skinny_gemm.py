@@ -35,8 +35,10 @@ class SkinnyTile:
 
 def skinny_tile(out_features: int, in_features: int, kind: WeightFormat) -> SkinnyTile:
     """x is read once for each `outs`, from the cache: beside 3 or 4 bits a weight that is most of
-    what is read."""
+    what is read. (Whether outputs are past the last costs a register, which wide tiles have not.)
+    """
     wide = isinstance(kind, GroupFormat) and kind.bits <= 4 and out_features >= 128 * _BUSY
+    wide = wide and out_features % 128 == 0
     outs = 128 if wide else 64
     blocks = -(-out_features // outs)
     if blocks >= _BUSY:
